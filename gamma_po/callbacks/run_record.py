@@ -1,0 +1,133 @@
+"""Say at the start what is in force, and write it down: configuration, versions, commit, seed, command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gamma_po.files import write_text
+
+PACKAGES = (
+    "gamma_po",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "datasets",
+    "torchmetrics",
+    "jsonargparse",
+)
+
+
+class RunRecord(Callback):
+    """Writes `config.yaml` and `run.json` into the run's directory and prints a header.
+
+    Args:
+        config: the resolved configuration as YAML, if the run came from the command line.
+        seed: the run's seed.
+    """
+
+    def __init__(self, *, config: str | None = None, seed: int = 0) -> None:
+        self.config, self.seed = config, seed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the record before anything long starts."""
+        folder = trainer.log_dir
+        if not trainer.is_global_zero or folder is None:
+            return
+        if self.config is not None:
+            write_text(Path(folder) / "config.yaml", self.config)
+        write_text(Path(folder) / "run.json", json.dumps(run_facts(self.seed), indent=2) + "\n")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what is in force."""
+        if trainer.is_global_zero:
+            Console().print(header(trainer, pl_module))
+
+
+def run_facts(seed: int) -> dict[str, Any]:
+    """Return versions, commit, platform, command and seed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return {
+        "command": sys.argv,
+        "seed": seed,
+        "commit": _commit(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def header(trainer: Trainer, module: LightningModule) -> Table:
+    """Return the table of what is in force: formulas, options, data, sizes."""
+    table = Table(title="in force", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("policy", f"{module.policy_config.path} ({module.policy_config.dtype}), {trainable_share(module)}")
+    table.add_row("loss", f"{module.loss}\n{module.loss.formula}   [{module.loss.source}]")
+    table.add_row("margin", f"{module.margin}\n{module.margin.formula}   [{module.margin.source}]")
+    strength = margin_strength(module.margin)
+    if strength is not None:
+        table.add_row("γ0/τ", f"{strength:.4g}: the largest γ of a pool is at most exp(γ0/τ) × the smallest")
+    table.add_row("reference", "not used" if module.reference is None else module.reference.source)
+    datamodule = trainer.datamodule
+    if datamodule is not None:
+        for split, dataset in datamodule.datasets.items():
+            flips = int(dataset.flipped.sum())
+            counts = {key: value for key, value in datamodule.counts[split].items() if value and key != "pairs"}
+            notes = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in counts.items())
+            table.add_row(
+                f"data, {split}",
+                f"{len(dataset)} pairs from {datamodule.sources[split]}"
+                + (f"; {flips} labels flipped" if flips else "")
+                + (f"; {notes}" if notes else ""),
+            )
+        per_step = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        table.add_row("pairs per step", f"{per_step} on {trainer.world_size} process(es), {trainer.precision}")
+    table.add_row("run directory", str(trainer.log_dir))
+    return table
+
+
+def trainable_share(module: LightningModule) -> str:
+    """Return how many parameters train, of how many."""
+    total = sum(parameter.numel() for parameter in module.policy.parameters())
+    trainable = sum(parameter.numel() for parameter in module.policy.parameters() if parameter.requires_grad)
+    return f"training {trainable:,} of {total:,} parameters"
+
+
+def margin_strength(margin: Any) -> float | None:
+    """γ0/τ of a KL margin, also inside a wrapper; None for others."""
+    margin = getattr(margin, "inner", margin)
+    if hasattr(margin, "gamma0") and hasattr(margin, "tau"):
+        return margin.gamma0 / margin.tau
+    return None
+
+
+def _commit() -> str:
+    """The source tree's commit, with a mark where files differ from it; "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return described.stdout.strip()

@@ -1,0 +1,100 @@
+"""Batches whose order is a function of (seed, epoch, rank, world size), and a loader that resumes exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from gamma_po.data.dataset import Slot
+from gamma_po.errors import DataError
+
+
+class ShuffledBatches(Sampler[list[Slot]]):
+    """Training batches of one rank: shuffled anew each epoch, incomplete global batches left out.
+
+    Args:
+        num_pairs: N in the dataset.
+        batch_size: pairs per rank and batch.
+        seed: of the order.
+        rank, world_size: which part of each global batch this process gets.
+    """
+
+    def __init__(self, num_pairs: int, batch_size: int, *, seed: int, rank: int, world_size: int) -> None:
+        self.num_pairs, self.batch_size, self.seed = num_pairs, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self.skip = 0
+        if len(self) == 0:
+            raise DataError(
+                f"the training split has {num_pairs} pairs, fewer than one global batch of {batch_size} × {world_size} "
+                "ranks; lower data.batch_size or give more pairs"
+            )
+
+    def __len__(self) -> int:
+        return self.num_pairs // (self.batch_size * self.world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next; Lightning calls this."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.num_pairs, generator=generator).tolist()
+        step = self.batch_size * self.world_size
+        for batch in range(self.skip, len(self)):
+            start = batch * step + self.rank * self.batch_size
+            yield [Slot(index) for index in order[start : start + self.batch_size]]
+
+
+class SequentialBatches(Sampler[list[Slot]]):
+    """Evaluation batches of one rank: every pair once; ranks get equally many batches, filled with weight 0."""
+
+    def __init__(self, num_pairs: int, batch_size: int, *, rank: int, world_size: int) -> None:
+        self.num_pairs, self.batch_size, self.rank, self.world_size = num_pairs, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        per_rank = -(-self.num_pairs // self.world_size)
+        return -(-per_rank // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        per_rank = -(-self.num_pairs // self.world_size)
+        mine = [self.rank + i * self.world_size for i in range(per_rank)]
+        slots = [Slot(index) if index < self.num_pairs else Slot(0, weight=0.0) for index in mine]
+        for start in range(0, len(slots), self.batch_size):
+            yield slots[start : start + self.batch_size]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader over ShuffledBatches that knows how many batches of which epoch it has given out."""
+
+    batch_sampler: ShuffledBatches
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._yielded = 0
+        self._resume: dict[str, int] | None = None
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position; Lightning saves it in checkpoints."""
+        return {"epoch": self.batch_sampler.epoch, "yielded": self._yielded}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a saved position at the next iteration."""
+        self._resume = dict(state)
+
+    def __iter__(self) -> Iterator[Any]:
+        sampler = self.batch_sampler
+        if self._resume is not None:
+            finished = self._resume["yielded"] >= len(sampler)
+            same_epoch = self._resume["epoch"] == sampler.epoch
+            sampler.skip = self._resume["yielded"] if same_epoch and not finished else 0
+            self._resume = None
+        self._yielded = sampler.skip
+        batches = super().__iter__()
+        for batch in batches:
+            self._yielded += 1
+            yield batch
+        sampler.skip = 0

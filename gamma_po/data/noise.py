@@ -1,0 +1,44 @@
+"""Label noise: which pairs have their labels swapped."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from gamma_po.errors import ConfigError
+
+RANDOM_BITS = 53  # as many as a float holds
+
+
+def flip_mask(num_pairs: int, rate: float, seed: int) -> Tensor:
+    """Choose pairs whose chosen and rejected completions are to be swapped.
+
+    Pair i is flipped if u(seed, i) < rate, with u uniform on [0, 1) and independent between pairs. So the
+    flips depend neither on how many pairs follow nor on any global random state, and with the same seed a
+    higher rate flips the pairs of a lower one and more.
+
+    Args:
+        num_pairs: P >= 0.
+        rate: probability of a flip, in [0, 1].
+        seed: any integer.
+
+    Returns:
+        True where flipped, bool, [P].
+
+    Raises:
+        ConfigError: the rate is outside [0, 1].
+
+    >>> flip_mask(3, 1.0, seed=0).tolist()
+    [True, True, True]
+    """
+    if not 0 <= rate <= 1:
+        raise ConfigError(f"label noise rate must lie in [0, 1], found {rate}")
+    return torch.tensor([_uniform(seed, index) < rate for index in range(num_pairs)], dtype=torch.bool)
+
+
+def _uniform(seed: int, index: int) -> float:
+    """u(seed, index) in [0, 1), the same on every machine."""
+    digest = hashlib.blake2b(f"label noise {seed} {index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> (64 - RANDOM_BITS)) * 2.0**-RANDOM_BITS

@@ -1,0 +1,1 @@
+"""What changed: pair metrics, sampled completions, gold rewards and the final report."""

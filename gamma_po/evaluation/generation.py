@@ -1,0 +1,99 @@
+"""Sample completions from a model, batched, seeded, with a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from gamma_po.progress import track
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        max_new_tokens: completions that have not ended by then are cut.
+        temperature: divides the logits. No top-k or top-p: what is drawn is the model's own (tempered)
+            distribution, so that log-probability ratios of samples estimate its KL divergence.
+        batch_size: prompts per forward.
+        seed: seed of the draws.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.7
+    batch_size: int = 64
+    seed: int = 0
+
+
+def sample_completions(
+    model: PreTrainedModel, prompts: Sequence[Tensor], sampling: Sampling, *, description: str = "sampling"
+) -> list[Tensor]:
+    """Draw one completion per prompt.
+
+    Args:
+        model: in eval mode, or with a PEFT wrapper around it.
+        prompts: token ids [n_i] each.
+        sampling: how to draw.
+        description: what the progress bar says.
+
+    Returns:
+        Token ids [m_i] per prompt, m_i >= 1, ending with the end-of-sequence token if it was drawn.
+    """
+    eos = _eos_ids(model)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=eos[0],
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: list[Tensor] = [torch.empty(0)] * len(prompts)
+    state = torch.random.get_rng_state()
+    try:
+        for start in track(range(0, len(order), sampling.batch_size), description):
+            batch = order[start : start + sampling.batch_size]
+            torch.manual_seed(sampling.seed * 1_000_003 + start)
+            rows = _generate(model, [prompts[i] for i in batch], config)
+            for i, row in zip(batch, rows, strict=True):
+                completions[i] = _until_eos(row, eos)
+    finally:
+        torch.random.set_rng_state(state)
+    return completions
+
+
+def _generate(model: PreTrainedModel, prompts: list[Tensor], config: GenerationConfig) -> Tensor:
+    """Left-pad, generate, and return only what is new, [rows, new tokens]."""
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), config.pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = prompt
+        attention_mask[row, width - len(prompt) :] = 1
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=config,
+        )
+    return output[:, width:].cpu()
+
+
+def _until_eos(row: Tensor, eos: list[int]) -> Tensor:
+    """Cut after the first end-of-sequence token."""
+    ends = torch.isin(row, torch.tensor(eos)).nonzero()
+    return row[: int(ends[0]) + 1] if len(ends) else row
+
+
+def _eos_ids(model: PreTrainedModel) -> list[int]:
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = model.config.eos_token_id
+    return list(eos) if isinstance(eos, list) else [eos]

@@ -1,0 +1,99 @@
+"""The table at the end: reference against policy, with intervals; and the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+from gamma_po.evaluation.intervals import Estimate, clustered_mean
+from gamma_po.evaluation.on_policy import Comparison
+from gamma_po.evaluation.pairs import preferred
+
+
+class PairReport(NamedTuple):
+    """Held-out pairs with their clean labels; intervals treat pairs of one prompt as dependent."""
+
+    num_pairs: int
+    accuracy_reference: Estimate | None  # share with log π_ref(chosen) > log π_ref(rejected)
+    accuracy_policy: Estimate
+    reward_accuracy: Estimate  # share with a positive implicit reward margin, ties 1/2
+    reward_margin: Estimate
+
+
+def pair_report(table: dict[str, Tensor], prompts: Sequence[Any]) -> PairReport:
+    """Summarise the rows of `PairMetrics.table`.
+
+    Args:
+        table: [N] each, in the order of the split.
+        prompts: N prompts; equal ones form a cluster.
+    """
+    numbers: dict[str, int] = {}
+    clusters = torch.tensor([numbers.setdefault(repr(prompt), len(numbers)) for prompt in prompts])
+    table = {name: values.cpu() for name, values in table.items()}
+    margin = table["rewards_chosen"] - table["rewards_rejected"]
+    reference = table["reference_logps_chosen"] - table["reference_logps_rejected"]
+    return PairReport(
+        num_pairs=len(margin),
+        accuracy_reference=None if reference.isnan().any() else clustered_mean(preferred(reference), clusters),
+        accuracy_policy=clustered_mean(preferred(table["logps_chosen"] - table["logps_rejected"]), clusters),
+        reward_accuracy=clustered_mean(preferred(margin), clusters),
+        reward_margin=clustered_mean(margin, clusters),
+    )
+
+
+def report_table(pairs: PairReport, samples: Comparison | None, num_prompts: int) -> Table:
+    """Return the table: one row per measure, reference before policy."""
+    table = Table(title="before → after (95 % intervals)", box=box.SIMPLE_HEAD)
+    for column in ("measure", "reference", "policy"):
+        table.add_column(column)
+    table.add_row(
+        f"pair accuracy, {pairs.num_pairs} clean pairs",
+        _text(pairs.accuracy_reference),
+        _text(pairs.accuracy_policy),
+    )
+    table.add_row("implicit-reward accuracy", "0.500 (by definition)", _text(pairs.reward_accuracy))
+    table.add_row("reward margin", "0 (by definition)", _text(pairs.reward_margin))
+    if samples is None:
+        return table
+    if samples.win_rate is not None:
+        table.add_row(
+            f"gold reward of samples, {num_prompts} prompts",
+            _text(samples.gold_reference),
+            _text(samples.gold_policy),
+        )
+        table.add_row("win rate against the reference", "0.500 (by definition)", _text(samples.win_rate))
+    table.add_row("KL to the reference, nats per sequence", "0 (by definition)", _text(samples.kl))
+    table.add_row("mean length, tokens", f"{samples.length_reference:.1f}", f"{samples.length_policy:.1f}")
+    table.add_row("distinct-2", f"{samples.distinct2_reference:.3f}", f"{samples.distinct2_policy:.3f}")
+    return table
+
+
+def samples_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the side-by-side samples: prompt, reference, policy, with gold rewards where there are any."""
+    table = Table(title="samples side by side", box=box.SIMPLE_HEAD, show_lines=True)
+    for column in ("prompt", "reference", "policy"):
+        table.add_column(column, overflow="fold", ratio=1)
+    for row in rows:
+        table.add_row(row["prompt"], *(_sample_text(row, who) for who in ("reference", "policy")))
+    return table
+
+
+def as_json(value: Any) -> Any:
+    """Turn named tuples into dicts, for json.dumps."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {key: as_json(item) for key, item in value._asdict().items()}
+    return value
+
+
+def _sample_text(row: dict[str, Any], who: str) -> str:
+    gold = row[f"gold_{who}"]
+    return row[who] if gold is None else f"({gold:+.2f}) {row[who]}"
+
+
+def _text(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else str(estimate)

@@ -1,0 +1,55 @@
+"""Target margins γ, in reward units, for any loss.
+
+A margin is `margin(reward_margin, evidence, state) -> (γ [P], next state)`. To add one: write a frozen
+dataclass with `__call__` and name it in MARGINS.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gamma_po.errors import unknown_name
+from gamma_po.margins.ablations import Reverse
+from gamma_po.margins.base import Margin, PoolMargin
+from gamma_po.margins.constant import Fixed, NoMargin
+from gamma_po.margins.kl import KL
+from gamma_po.margins.mapped import Map
+from gamma_po.margins.solver import mirror_descent_margins, solve_kl_margins
+from gamma_po.registry import build
+
+MARGINS: dict[str, type[Margin]] = {
+    "none": NoMargin,
+    "fixed": Fixed,
+    "kl": KL,
+    "map": Map,
+    "reverse": Reverse,
+}
+
+
+def build_margin(name: str, **options: Any) -> Margin:
+    """Build a margin from its registry name.
+
+    Raises:
+        ConfigError: unknown name, or an option that this margin does not use.
+
+    >>> build_margin("fixed", gamma=0.5)
+    Fixed(gamma=0.5)
+    """
+    if name not in MARGINS:
+        raise unknown_name("margin", name, MARGINS)
+    return build(MARGINS[name], name, options)
+
+
+__all__ = [
+    "KL",
+    "MARGINS",
+    "Fixed",
+    "Map",
+    "Margin",
+    "NoMargin",
+    "PoolMargin",
+    "Reverse",
+    "build_margin",
+    "mirror_descent_margins",
+    "solve_kl_margins",
+]

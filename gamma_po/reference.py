@@ -1,0 +1,115 @@
+"""The frozen reference: cached numbers, the policy with its adapters off, or a copy in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gamma_po.errors import ConfigError, require
+from gamma_po.policies import CompletionScorer, ModelConfig, adapters_off, evaluating, fingerprint, load_model
+from gamma_po.types import PairLogps, PreferenceBatch
+
+ReferenceSource = Literal["cached", "adapters_off", "copy"]
+SOURCES = ("cached", "adapters_off", "copy")
+AGREEMENT = {True: 1e-4, False: 0.05}  # nats per token; full precision or not
+
+
+class Reference(nn.Module):
+    """Where the reference's log-probabilities come from.
+
+    Args:
+        source: "cached" (computed once, kept on disk), "adapters_off" (LoRA's base model), "copy" (in memory).
+        config: the reference's model.
+        is_start_of_policy: the reference is the policy before training, not a model of its own.
+        has_adapters: the policy is trained through LoRA adapters.
+
+    Raises:
+        ConfigError: adapters are to be switched off where there are none.
+    """
+
+    def __init__(
+        self, source: ReferenceSource, config: ModelConfig, *, is_start_of_policy: bool, has_adapters: bool
+    ) -> None:
+        super().__init__()
+        require(source in SOURCES, "model.reference", source, ", ".join(SOURCES))
+        if source == "adapters_off" and not (has_adapters and is_start_of_policy):
+            raise ConfigError(
+                "model.reference=adapters_off needs model.lora and no model.reference_model: without adapters there "
+                "is nothing to switch off; allowed here: cached, copy"
+            )
+        self.source, self.config = source, config
+        self.is_start_of_policy = is_start_of_policy
+        self.is_base_of_adapters = has_adapters and is_start_of_policy
+        self.copy: CompletionScorer | None = None
+        self.weights: str | None = None  # fingerprint, for the cache
+
+    def load(self, untouched_policy: nn.Module) -> None:
+        """Take what is needed from the policy before adapters and training change it; load the copy."""
+        if self.source == "cached":
+            self.weights = fingerprint(untouched_policy if self.is_start_of_policy else load_model(self.config))
+        if self.source == "copy":
+            self.copy = CompletionScorer(load_model(self.config)).requires_grad_(False).eval()
+
+    @contextmanager
+    def opened(self, policy: CompletionScorer, *, policy_is_untouched: bool) -> Iterator[CompletionScorer]:
+        """Give the reference as a model in eval mode.
+
+        Args:
+            policy: the policy, adapters and all.
+            policy_is_untouched: no training step and no checkpoint has changed it yet.
+        """
+        if self.copy is not None:
+            yield self.copy
+        elif self.is_base_of_adapters:
+            with evaluating(policy), adapters_off(policy.model):
+                yield policy
+        elif self.is_start_of_policy and policy_is_untouched:
+            with evaluating(policy):
+                yield policy
+        else:
+            yield CompletionScorer(load_model(self.config)).to(next(policy.parameters()).device).eval()
+
+    def logps(self, batch: PreferenceBatch, policy: CompletionScorer) -> PairLogps:
+        """Return the reference's log-probabilities of a batch, [P] each, without gradient.
+
+        Raises:
+            ConfigError: they should be cached, but the batch carries none.
+        """
+        if self.source == "cached":
+            if batch.reference is None:
+                raise ConfigError(
+                    "model.reference=cached, but the batch carries no reference log-probabilities: use "
+                    "PreferenceDataModule, or model.reference: copy (or adapters_off with lora)"
+                )
+            return batch.reference
+        with self.opened(policy, policy_is_untouched=False) as scorer, torch.no_grad():
+            return scorer(batch.model_input)
+
+
+def check_agreement(policy: PairLogps, reference: PairLogps, index: Tensor, *, full_precision: bool) -> None:
+    """Before the first step the policy is its own reference: their log-probabilities must agree.
+
+    Args:
+        policy: [P] each, in eval mode.
+        reference: [P] each.
+        index: rows of the pairs in the training split, [P].
+        full_precision: weights and forward in float32: 1e-4 nat per token is allowed, otherwise 0.05.
+
+    Raises:
+        ConfigError: naming the worst pair, how far apart it is, and likely causes.
+    """
+    chosen = (policy.mean_chosen - reference.mean_chosen).abs()
+    rejected = (policy.mean_rejected - reference.mean_rejected).abs()
+    gap = torch.maximum(chosen, rejected)
+    worst = int(gap.argmax())
+    if not float(gap.max()) <= AGREEMENT[full_precision]:
+        raise ConfigError(
+            f"before the first step, policy and reference differ by {float(gap.max()):.2g} nat per token (pair in row "
+            f"{int(index[worst])} of the training split; allowed {AGREEMENT[full_precision]}). They should be the same "
+            "model. Likely causes: the policy's weights changed after the reference was scored, or the two run in "
+            "different precision or attention; if the reference is meant to differ, set model.reference_model"
+        )

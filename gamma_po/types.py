@@ -1,0 +1,135 @@
+"""The values that flow through the package; every tensor's shape stands beside its field.
+
+`P` is the number of pairs in a batch, `S = 2P` the number of sequences (all chosen, then all rejected),
+`[R, T]` the rows and columns of the model's input, `N` the number of completion tokens in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+
+class PairLogps(NamedTuple):
+    """Log-probabilities of the completions of P pairs under one model."""
+
+    chosen: Tensor  # [P] summed over the completion's tokens, nats
+    rejected: Tensor  # [P]
+    chosen_length: Tensor  # [P] number of completion tokens, >= 1
+    rejected_length: Tensor  # [P]
+
+    @property
+    def margin(self) -> Tensor:
+        """log π(chosen) - log π(rejected), [P], nats."""
+        return self.chosen - self.rejected
+
+    @property
+    def mean_chosen(self) -> Tensor:
+        """Log-probability per token of the chosen completion, [P], nats per token."""
+        return self.chosen / self.chosen_length
+
+    @property
+    def mean_rejected(self) -> Tensor:
+        """Log-probability per token of the rejected completion, [P], nats per token."""
+        return self.rejected / self.rejected_length
+
+    def detach(self) -> PairLogps:
+        """The same values without their graph."""
+        return PairLogps(*(field.detach() for field in self))
+
+
+class Evidence(NamedTuple):
+    """All that losses and margins may look at."""
+
+    policy: PairLogps
+    reference: PairLogps | None = None
+    column: Tensor | None = None  # [P] a per-pair number from the data (e.g. a rating gap)
+
+
+class PairRewards(NamedTuple):
+    """Implicit rewards of P pairs, β-scaled."""
+
+    chosen: Tensor  # [P]
+    rejected: Tensor  # [P]
+
+    @property
+    def margin(self) -> Tensor:
+        """Reward margin h = reward_chosen - reward_rejected, [P]."""
+        return self.chosen - self.rejected
+
+
+class LossOutput(NamedTuple):
+    """Everything one step computed; detached, except `loss`."""
+
+    loss: Tensor  # [] weighted mean over the batch's pairs; carries the gradient
+    per_pair: Tensor  # [P]
+    rewards: PairRewards  # [P] each
+    target_margin: Tensor  # [P] γ, reward units
+    gradient_weight: Tensor  # [P] -∂loss_i/∂reward_chosen_i: how hard pair i pulls
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """Token rows for the model, and where in them each completion token is predicted.
+
+    Layouts (`gamma_po.layouts`) differ only in how they fill these fields, so whatever comes after the
+    model's forward is the same for all of them.
+    """
+
+    input_ids: Tensor  # [R, T]
+    attention_mask: Tensor  # [R, T] 1 where a token is
+    predict_from: Tensor  # [N] position in the flattened [R * T] whose hidden state predicts the token
+    targets: Tensor  # [N] the completion tokens
+    sequence: Tensor  # [N] which of the S sequences the token belongs to
+    lengths: Tensor  # [S] number of completion tokens of each sequence
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Move every tensor to `device`."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Copy every tensor to page-locked memory."""
+        return _map_tensors(self, Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """One micro-batch of P preference pairs, ready for the model."""
+
+    model_input: ModelInput
+    index: Tensor  # [P] row of the pair in its dataset
+    weight: Tensor  # [P] 1 for a pair, 0 for padding that only keeps ranks in step
+    flipped: Tensor  # [P] True where label noise swapped chosen and rejected
+    reference: PairLogps | None = None  # [P] each, from the reference cache
+    column: Tensor | None = None  # [P] margin column of the data
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return self.weight.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Move every tensor to `device`."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Copy every tensor to page-locked memory."""
+        return _map_tensors(self, Tensor.pin_memory)
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `function` to every tensor inside dataclasses and named tuples."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value)}
+        return type(value)(**fields)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(item, function) for item in value))
+    return value

