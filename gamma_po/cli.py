@@ -112,7 +112,7 @@ class PreferenceCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         self.trainer_defaults["callbacks"] = [
             RunRecord(
-                config=parser.dump(config, skip_link_targets=True, skip_none=False),
+                config=parser.dump(config, skip_link_targets=True, skip_unset=False),
                 seed=int(config["seed_everything"]),
             ),
             StopBetweenSteps(),

@@ -76,6 +76,11 @@ def test_every_accepted_shape_gives_the_same_completions_and_its_prompt(values: 
     assert convert(**values) == Preference(prompt, GOOD, BAD, None, WHERE)
 
 
+def test_white_space_around_a_prompt_of_text_does_not_contradict_its_conversation() -> None:
+    values = {"chosen": [user("a\n"), assistant("x")], "rejected": [user("a\n"), assistant("y")]}
+    assert convert(prompt=" a", **values).prompt == (user("a\n"),)
+
+
 def test_columns_can_have_other_names() -> None:
     columns = Columns(prompt="question", chosen="better", rejected="worse", margin="gap")
     found = convert(columns, question=QUESTION, better=GOOD, worse=BAD, gap=2, prompt="not this")

@@ -65,7 +65,7 @@ def pools(size, seed=0):
 @pytest.mark.parametrize("ratio", [1e-4, 0.25, 1.0, 2.0, 2.5, 10.0, 100.0])
 @pytest.mark.parametrize("kind", list(pools(1)))
 def test_solution_equals_extended_precision_bisection(kind, ratio):
-    for size, gamma0 in ((1, 1.0), (2, 4.0), (33, 0.375), (17, 20.0)):
+    for size, gamma0 in ((1, 1.0), (2, 4.0), (33, 0.375), (7, 80.0)):
         h = pools(size)[kind]
         solved = solve_kl_margins(torch.from_numpy(h), gamma0=gamma0, tau=gamma0 / ratio)
         assert np.abs(solved.numpy() - bisected(h, gamma0, gamma0 / ratio)).max() < EXACT

@@ -180,6 +180,7 @@ def test_a_parquet_file_without_rows_is_refused() -> None:
     [
         "missing.jsonl",
         "sub/missing.csv",
+        "sub/MISSING.CSV",
         "./missing",
         "../missing",
         "/no/such/file",
