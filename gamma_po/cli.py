@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from gamma_po.callbacks import GammaStatistics, MarginHistograms, NonFiniteGuard, PairRecorder, RunPlots
+from gamma_po.callbacks.checkpoint import RunCheckpoint
 from gamma_po.callbacks.export import ExportPolicy
 from gamma_po.callbacks.interruption import StopBetweenSteps
 from gamma_po.callbacks.predictions import PredictionWriter
@@ -31,7 +31,7 @@ CALLBACKS = {
     "histograms": MarginHistograms,
     "pair_recorder": PairRecorder,
     "plots": RunPlots,
-    "checkpoint": ModelCheckpoint,
+    "checkpoint": RunCheckpoint,
     "export": ExportPolicy,
     "report": Report,
 }

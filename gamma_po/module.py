@@ -250,6 +250,11 @@ class PreferenceModule(LightningModule):
         if self.margin.needs_fit and self.trainer.ckpt_path is None:
             self.margin_state = self.margin.fit(datamodule.datasets["train"].labelled_reference())
 
+    def on_train_start(self) -> None:
+        """Continue in the data where the checkpoint stood: Lightning forgets that for a loader that it built before
+        it restored its loops, and `estimated_stepping_batches` builds it early."""
+        self.trainer.fit_loop._load_combined_loader_states()
+
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Check the first step; make the step's randomness a function of (seed, epoch, batch, rank)."""
         if batch_idx == 0 and self._policy_is_untouched() and self.reference and self.reference.is_start_of_policy:

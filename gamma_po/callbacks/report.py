@@ -16,7 +16,7 @@ from torch import Tensor
 from gamma_po.errors import require
 from gamma_po.evaluation.generation import Sampling
 from gamma_po.evaluation.gold import GoldReward
-from gamma_po.evaluation.on_policy import Comparison, compare, draw, score_samples
+from gamma_po.evaluation.on_policy import Comparison, compare, draw, score_completions
 from gamma_po.evaluation.report import as_json, pair_report, report_table, samples_table
 from gamma_po.files import write_text
 from gamma_po.policies import evaluating
@@ -81,44 +81,74 @@ class Report(Callback):
 
     def _report(self, trainer: Trainer, module: LightningModule, table: dict[str, Tensor]) -> None:
         """Measure, print and save; samples come from the first process."""
+        datamodule = trainer.datamodule
         samplable = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if not samplable and self.num_prompts:
+        if not samplable:
             rank_zero_warn(f"no samples: generation under {type(trainer.strategy).__name__} is not supported")
         folder = trainer.log_dir
         if not trainer.is_global_zero:
             return
-        pairs = pair_report(table, [preference.prompt for preference in trainer.datamodule.preferences["test"]])
+        preferences, pairs = datamodule.preferences["test"], datamodule.datasets["test"].pairs
+        if module.reference is None and samplable:
+            table = {**table, **self._reference_logps(module, pairs, datamodule.eval_batch_size)}
+        summary = pair_report(table, [preference.prompt for preference in preferences])
         comparison, rows = None, []
         if samplable and self.num_prompts:
-            comparison, rows = self._samples(module, trainer.datamodule.datasets["test"].pairs)
+            comparison, rows = self._samples(module, preferences, pairs)
         console = Console()
         if rows[: self.show]:
             console.print(samples_table(rows[: self.show]))
-        console.print(report_table(pairs, comparison, len(rows)))
-        result = {"pairs": as_json(pairs), "samples": as_json(comparison), "texts": rows}
+        console.print(report_table(summary, comparison, len(rows), starts_at_zero=module.reference is not None))
+        result = {"pairs": as_json(summary), "samples": as_json(comparison), "texts": rows}
         if folder is not None:
             path = Path(folder) / "report.json"
             write_text(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
             console.print(f"report: {path}")
 
-    def _samples(self, module: LightningModule, pairs: Any) -> tuple[Comparison, list[dict[str, Any]]]:
-        prompts = list({tuple(pair.prompt.tolist()): pair.prompt for pair in pairs}.values())[: self.num_prompts]
+    def _reference_logps(self, module: LightningModule, pairs: Any, size: int) -> dict[str, Tensor]:
+        """The reference's log-probabilities of the test pairs, for losses that read none."""
+        logps = []
+        with module.precision_context(), module.open_reference() as scorer:
+            for side in ("chosen", "rejected"):
+                prompts, completions = [pair.prompt for pair in pairs], [getattr(pair, side) for pair in pairs]
+                logps.append(
+                    score_completions(
+                        scorer, prompts, completions, batch_size=size, description=f"{side} under the reference"
+                    )
+                )
+        return {"reference_logps_chosen": logps[0], "reference_logps_rejected": logps[1]}
+
+    def _samples(
+        self, module: LightningModule, preferences: Any, pairs: Any
+    ) -> tuple[Comparison, list[dict[str, Any]]]:
+        """Let policy and reference answer the first prompts of the split."""
+        first = {repr(preference.prompt): i for i, preference in reversed(list(enumerate(preferences)))}
+        chosen = sorted(first.values())[: self.num_prompts]
+        prompts = [pairs[i].prompt for i in chosen]
         tokenizer, sampling = module.tokenizer, self.sampling
+        how = {"batch_size": sampling.batch_size, "temperature": sampling.temperature}
         with module.precision_context():
             with evaluating(module.policy):
                 policy = draw(module.policy, tokenizer, prompts, sampling, self.gold, "samples of the policy")
-                own = score_samples(module.policy, prompts, policy.tokens, sampling, "their log-probabilities")
+                own = score_completions(
+                    module.policy, prompts, policy.tokens, description="their log-probabilities", **how
+                )
             with module.open_reference() as scorer:
                 reference = draw(scorer, tokenizer, prompts, sampling, self.gold, "samples of the reference")
-                other = score_samples(scorer, prompts, policy.tokens, sampling, "log-probabilities, reference")
+                other = score_completions(scorer, prompts, policy.tokens, description="... under the reference", **how)
         rows = [
             {
-                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                "reference": reference.texts[i],
-                "policy": policy.texts[i],
-                "gold_reference": None if reference.gold is None else float(reference.gold[i]),
-                "gold_policy": None if policy.gold is None else float(policy.gold[i]),
+                "prompt": _shown(preferences[i].prompt),
+                "reference": reference.texts[n],
+                "policy": policy.texts[n],
+                "gold_reference": None if reference.gold is None else float(reference.gold[n]),
+                "gold_policy": None if policy.gold is None else float(policy.gold[n]),
             }
-            for i, prompt in enumerate(prompts)
+            for n, i in enumerate(chosen)
         ]
         return compare(policy, reference, own - other), rows
+
+
+def _shown(prompt: Any) -> str:
+    """A prompt as text: itself, or its last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]

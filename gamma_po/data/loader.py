@@ -86,15 +86,15 @@ class ResumableLoader(DataLoader[Any]):
         self._resume = dict(state)
 
     def __iter__(self) -> Iterator[Any]:
-        sampler = self.batch_sampler
-        if self._resume is not None:
-            finished = self._resume["yielded"] >= len(sampler)
-            same_epoch = self._resume["epoch"] == sampler.epoch
-            sampler.skip = self._resume["yielded"] if same_epoch and not finished else 0
-            self._resume = None
-        self._yielded = sampler.skip
-        batches = super().__iter__()
-        for batch in batches:
+        # Set at the start, not the end: the trainer stops asking after the last batch and never exhausts this.
+        self.batch_sampler.skip = self._yielded = self._take_resume()
+        for batch in super().__iter__():
             self._yielded += 1
             yield batch
-        sampler.skip = 0
+
+    def _take_resume(self) -> int:
+        """How many batches of the coming epoch were given out before the checkpoint."""
+        resume, self._resume = self._resume, None
+        if resume is None or resume["epoch"] != self.batch_sampler.epoch:
+            return 0
+        return resume["yielded"] if resume["yielded"] < len(self.batch_sampler) else 0

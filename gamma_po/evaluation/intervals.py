@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,33 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def clustered_share(hits: Tensor, clusters: Tensor) -> Estimate:
+    """Estimate a share from values in [0, 1] that come in clusters.
+
+    Wilson's interval with the effective sample size p (1 - p) / Var(mean), Var as in `clustered_mean`, at most
+    the number of values; where all values are equal, the number of clusters. It never leaves [0, 1] and never
+    has zero width.
+
+    Args:
+        hits: 0, 1, or 1/2 for a tie, [N].
+        clusters: [N], integers; equal for values of one prompt.
+
+    Source:
+        Wilson (1927); effective sample size as in Korn and Graubard (1998).
+
+    >>> str(clustered_share(torch.ones(20), torch.arange(20)))
+    '1.000 [0.839, 1.000]'
+    """
+    mean = clustered_mean(hits, clusters)
+    variance = ((mean.high - mean.mean) / Z95) ** 2
+    p, size = mean.mean, float(len(torch.unique(clusters)))
+    if variance > 0 and 0 < p < 1:
+        size = min(p * (1 - p) / variance, float(len(hits)))
+    centre = (p + Z95**2 / (2 * size)) / (1 + Z95**2 / size)
+    half = Z95 / (1 + Z95**2 / size) * math.sqrt(p * (1 - p) / size + Z95**2 / (4 * size**2))
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:

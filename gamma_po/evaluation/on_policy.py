@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gamma_po.evaluation.generation import Sampling, sample_completions
 from gamma_po.evaluation.gold import GoldReward
-from gamma_po.evaluation.intervals import Estimate, clustered_mean
+from gamma_po.evaluation.intervals import Estimate, clustered_mean, clustered_share
 from gamma_po.evaluation.pairs import preferred
 from gamma_po.layouts import padded
 from gamma_po.policies import CompletionScorer
@@ -65,22 +65,37 @@ def draw(
     return Samples(tokens, texts, torch.tensor(gold(prompt_texts, texts)))
 
 
-def score_samples(
+def score_completions(
     scorer: CompletionScorer,
     prompts: Sequence[Tensor],
     completions: Sequence[Tensor],
-    sampling: Sampling,
+    *,
+    batch_size: int,
     description: str,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Log-probability of each completion under the model at the sampling temperature, [prompts], nats."""
+    """Return log-probabilities of completions without gradient.
+
+    Args:
+        scorer: the model, in eval mode.
+        prompts: token ids [n_i] each.
+        completions: token ids [m_i] each.
+        batch_size: sequences per forward.
+        description: what the progress bar says.
+        temperature: divides the logits.
+
+    Returns:
+        [sequences], float32, nats, on the CPU.
+    """
     device = next(scorer.parameters()).device
-    pieces = []
-    size = sampling.batch_size
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
+    logps = torch.empty(len(prompts))
     with torch.no_grad():
-        for start in track(range(0, len(prompts), size), description):
-            rows = padded(prompts[start : start + size], completions[start : start + size], pad_id=0)
-            pieces.append(scorer.sequence_logps(rows.to(device), sampling.temperature).cpu())
-    return torch.cat(pieces)
+        for start in track(range(0, len(order), batch_size), description):
+            chosen = order[start : start + batch_size]
+            rows = padded([prompts[i] for i in chosen], [completions[i] for i in chosen], pad_id=0)
+            logps[chosen] = scorer.sequence_logps(rows.to(device), temperature).cpu()
+    return logps
 
 
 def compare(policy: Samples, reference: Samples, log_ratio: Tensor) -> Comparison:
@@ -97,7 +112,7 @@ def compare(policy: Samples, reference: Samples, log_ratio: Tensor) -> Compariso
     if policy.gold is not None and reference.gold is not None:
         gold_policy = clustered_mean(policy.gold, prompts)
         gold_reference = clustered_mean(reference.gold, prompts)
-        win_rate = clustered_mean(preferred(policy.gold - reference.gold), prompts)
+        win_rate = clustered_share(preferred(policy.gold - reference.gold), prompts)
     return Comparison(
         gold_policy=gold_policy,
         gold_reference=gold_reference,

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from gamma_po.evaluation.intervals import Estimate, clustered_mean
+from gamma_po.evaluation.intervals import Estimate, clustered_mean, clustered_share
 from gamma_po.evaluation.on_policy import Comparison
 from gamma_po.evaluation.pairs import preferred
 
@@ -39,37 +39,43 @@ def pair_report(table: dict[str, Tensor], prompts: Sequence[Any]) -> PairReport:
     reference = table["reference_logps_chosen"] - table["reference_logps_rejected"]
     return PairReport(
         num_pairs=len(margin),
-        accuracy_reference=None if reference.isnan().any() else clustered_mean(preferred(reference), clusters),
-        accuracy_policy=clustered_mean(preferred(table["logps_chosen"] - table["logps_rejected"]), clusters),
-        reward_accuracy=clustered_mean(preferred(margin), clusters),
+        accuracy_reference=None if reference.isnan().any() else clustered_share(preferred(reference), clusters),
+        accuracy_policy=clustered_share(preferred(table["logps_chosen"] - table["logps_rejected"]), clusters),
+        reward_accuracy=clustered_share(preferred(margin), clusters),
         reward_margin=clustered_mean(margin, clusters),
     )
 
 
-def report_table(pairs: PairReport, samples: Comparison | None, num_prompts: int) -> Table:
-    """Return the table: one row per measure, reference before policy."""
+def report_table(pairs: PairReport, samples: Comparison | None, num_prompts: int, *, starts_at_zero: bool) -> Table:
+    """Return the table: one row per measure, reference before policy.
+
+    Args:
+        pairs: on the test pairs.
+        samples: on sampled completions, if there are any.
+        num_prompts: of the samples.
+        starts_at_zero: the implicit reward is a log-ratio to the reference, whose own margins are zero.
+    """
     table = Table(title="before → after (95 % intervals)", box=box.SIMPLE_HEAD)
     for column in ("measure", "reference", "policy"):
         table.add_column(column)
-    table.add_row(
-        f"pair accuracy, {pairs.num_pairs} clean pairs",
-        _text(pairs.accuracy_reference),
-        _text(pairs.accuracy_policy),
-    )
-    table.add_row("implicit-reward accuracy", "0.500 (by definition)", _text(pairs.reward_accuracy))
-    table.add_row("reward margin", "0 (by definition)", _text(pairs.reward_margin))
-    if samples is None:
-        return table
-    if samples.win_rate is not None:
-        table.add_row(
-            f"gold reward of samples, {num_prompts} prompts",
-            _text(samples.gold_reference),
-            _text(samples.gold_policy),
-        )
-        table.add_row("win rate against the reference", "0.500 (by definition)", _text(samples.win_rate))
-    table.add_row("KL to the reference, nats per sequence", "0 (by definition)", _text(samples.kl))
-    table.add_row("mean length, tokens", f"{samples.length_reference:.1f}", f"{samples.length_policy:.1f}")
-    table.add_row("distinct-2", f"{samples.distinct2_reference:.3f}", f"{samples.distinct2_policy:.3f}")
+    rows: list[tuple[str, Any, Any]] = [
+        (f"pair accuracy, {pairs.num_pairs} clean pairs", pairs.accuracy_reference, pairs.accuracy_policy),
+        ("implicit-reward accuracy", "0.500 (definition)" if starts_at_zero else None, pairs.reward_accuracy),
+        ("reward margin", "0 (definition)" if starts_at_zero else None, pairs.reward_margin),
+    ]
+    if samples is not None and samples.win_rate is not None:
+        rows += [
+            (f"gold reward of samples, {num_prompts} prompts", samples.gold_reference, samples.gold_policy),
+            ("win rate against the reference", "0.500 (definition)", samples.win_rate),
+        ]
+    if samples is not None:
+        rows += [
+            ("KL to the reference, nats per sequence", "0 (definition)", samples.kl),
+            ("mean length, tokens", f"{samples.length_reference:.1f}", f"{samples.length_policy:.1f}"),
+            ("distinct-2", f"{samples.distinct2_reference:.3f}", f"{samples.distinct2_policy:.3f}"),
+        ]
+    for measure, before, after in rows:
+        table.add_row(measure, *("-" if value is None else str(value) for value in (before, after)))
     return table
 
 
@@ -93,7 +99,3 @@ def as_json(value: Any) -> Any:
 def _sample_text(row: dict[str, Any], who: str) -> str:
     gold = row[f"gold_{who}"]
     return row[who] if gold is None else f"({gold:+.2f}) {row[who]}"
-
-
-def _text(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else str(estimate)
