@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,10 +15,11 @@ from gamma_po.data.dataset import PairDataset, Slot, collate
 from gamma_po.data.formatting import Columns, read_preferences
 from gamma_po.data.tokenization import Tokenization, tokenize_preferences
 from gamma_po.errors import ConfigError
-from gamma_po.losses import Loss, build_loss, gradient_weight
+from gamma_po.losses import Loss, build_loss, gradient_weight, require_margin_fits
 from gamma_po.margins import Margin, build_margin
 from gamma_po.margins.base import state_from_plain, state_to_plain
 from gamma_po.module import PreferenceModule
+from gamma_po.ranks import Gathered, Ranks
 from gamma_po.types import Evidence, PairLogps, PreferenceBatch
 from tests import oracle
 from tests.tiny import tiny_tokenizer
@@ -49,14 +53,30 @@ def with_gradient(evidence: Evidence) -> tuple[Evidence, Tensor, Tensor]:
 
 
 class LossContract:
-    """Subclass with `name`, `options` and `expected(evidence, γ, options)`: float64 textbook formula, [P]."""
+    """Subclass with `name`, `options` and `expected(evidence, γ, options)`: float64 textbook formula, [P].
+
+    `undoes` says how a margin is undone, so that the loss is as without one: by lowering the `rejected` reward
+    by γ, or by moving `both` rewards apart by γ/2. `positive` names the options that must be > 0, `fixed_statistics`
+    says that the gradient leaves out a batch statistic.
+    """
 
     name: str
-    options: list[dict[str, Any]]
+    options: tuple[dict[str, Any], ...]
+    undoes: Literal["rejected", "both"] = "rejected"
+    positive: tuple[str, ...] = ("beta",)
+    fixed_statistics: bool = False
 
     def expected(self, evidence: Evidence, target_margin: Tensor, **options: Any) -> Tensor:
         """The loss by its paper."""
         raise AssertionError("give the formula")
+
+    def moved(self, loss: Loss, evidence: Evidence, chosen: Tensor | float, rejected: Tensor | float) -> Evidence:
+        """The evidence after adding to the chosen and rejected rewards; they are linear in the log-probabilities."""
+        leaves, *logps = with_gradient(evidence)
+        slopes = torch.autograd.grad(sum(side.sum() for side in loss.rewards(leaves)), logps)
+        policy = evidence.policy
+        policy = policy._replace(chosen=policy.chosen + chosen / slopes[0])
+        return evidence._replace(policy=policy._replace(rejected=policy.rejected + rejected / slopes[1]))
 
     def _cases(self) -> list[tuple[Loss, dict[str, Any]]]:
         return [(build_loss(self.name, **options), options) for options in self.options]
@@ -69,18 +89,27 @@ class LossContract:
             value, formula = loss(ours, target_margin), self.expected(theirs, target_margin, **options)
             torch.testing.assert_close(value, formula, rtol=STRICT, atol=STRICT)
             weights = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
+            if loss.couples_pairs:
+                weights = torch.ones(6, dtype=torch.float64)
             for a, b in zip(
-                torch.autograd.grad((value * weights).sum(), our_leaves),
-                torch.autograd.grad((formula * weights).sum(), their_leaves),
+                torch.autograd.grad((value * weights).sum(), our_leaves, materialize_grads=True),
+                torch.autograd.grad((formula * weights).sum(), their_leaves, materialize_grads=True),
                 strict=True,
             ):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=STRICT)
 
+    def test_without_a_margin_it_is_the_base_loss(self) -> None:
+        none = torch.zeros(6, dtype=torch.float64)
+        for loss, options in self._cases():
+            formula = self.expected(random_evidence(seed=1), none, **options)
+            torch.testing.assert_close(loss(random_evidence(seed=1), none), formula, rtol=STRICT, atol=STRICT)
+
     def test_one_loss_per_pair_in_the_dtype_of_the_evidence(self) -> None:
         for loss, _ in self._cases():
             for count in (1, 5):
-                value = loss(random_evidence(count), torch.zeros(count, dtype=torch.float64))
-                assert value.shape == (count,) and value.dtype == torch.float64
+                for dtype in (torch.float32, torch.float64):
+                    value = loss(_cast(random_evidence(count), dtype), torch.zeros(count, dtype=dtype))
+                    assert value.shape == (count,) and value.dtype == dtype
 
     def test_no_gradient_reaches_the_margin_or_the_reference(self) -> None:
         for loss, _ in self._cases():
@@ -96,37 +125,138 @@ class LossContract:
             target_margin = torch.ones(6, dtype=torch.float64)
             assert torch.equal(loss(random_evidence(), target_margin), loss(random_evidence(), target_margin))
 
-    def test_the_margin_shifts_the_reward_margin(self) -> None:
-        """loss(h, γ) = loss(h - γ, 0): raise the chosen reward by γ and the margin is undone."""
+    def test_a_reference_is_read_only_where_the_loss_says_so(self) -> None:
         for loss, _ in self._cases():
-            target_margin = torch.linspace(-0.5, 2.0, 6, dtype=torch.float64)
-            evidence, chosen, _ = with_gradient(random_evidence())
-            (slope,) = torch.autograd.grad(loss.rewards(evidence).chosen.sum(), chosen)
-            raised = evidence.policy._replace(chosen=(chosen + target_margin / slope).detach())
-            shifted = loss(evidence._replace(policy=raised), target_margin)
+            if not loss.needs_reference:
+                none = torch.zeros(6, dtype=torch.float64)
+                assert torch.equal(loss(random_evidence(reference=False), none), loss(random_evidence(), none))
+
+    def test_the_margin_shifts_the_reward_margin(self) -> None:
+        """loss(h, γ) = loss(h - γ, 0): move the rewards apart by γ and the margin is undone."""
+        target_margin = torch.linspace(-1.5, 1.5, 6, dtype=torch.float64)  # mean 0: batch means stay where they are
+        chosen, rejected = {"rejected": (0.0, -target_margin), "both": (target_margin / 2, -target_margin / 2)}[
+            self.undoes
+        ]
+        for loss, _ in self._cases():
+            shifted = loss(self.moved(loss, random_evidence(), chosen, rejected), target_margin)
             plain = loss(random_evidence(), torch.zeros(6, dtype=torch.float64))
             torch.testing.assert_close(shifted, plain, rtol=1e-9, atol=1e-10)
 
-    def test_gradient_weight_is_the_slope_in_the_chosen_reward(self) -> None:
-        step = 1e-6
+    def test_the_order_of_the_pairs_does_not_matter(self) -> None:
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        target_margin = torch.linspace(-0.5, 2.0, 6, dtype=torch.float64)
         for loss, _ in self._cases():
-            evidence, chosen, _ = with_gradient(random_evidence())
-            target_margin = torch.full((6,), 0.4, dtype=torch.float64)
-            (slope,) = torch.autograd.grad(loss.rewards(evidence).chosen.sum(), chosen)
-            values = []
-            for sign in (1, -1):
-                moved = evidence.policy._replace(chosen=(chosen + sign * step / slope).detach())
-                values.append(loss(evidence._replace(policy=moved), target_margin))
-            numeric = -(values[0] - values[1]) / (2 * step)
-            torch.testing.assert_close(gradient_weight(loss, evidence, target_margin), numeric, rtol=1e-5, atol=1e-6)
+            permuted = loss(rows_of(random_evidence(), order), target_margin[order])
+            plain = loss(random_evidence(), target_margin)[order]
+            torch.testing.assert_close(permuted, plain, rtol=STRICT, atol=STRICT)
+
+    def test_pairs_are_coupled_exactly_where_the_loss_says_so(self) -> None:
+        target_margin = torch.linspace(-0.5, 2.0, 6, dtype=torch.float64)
+        for loss, _ in self._cases():
+            parts = [
+                loss(rows_of(random_evidence(), rows), target_margin[rows]) for rows in torch.arange(6).split([1, 3, 2])
+            ]
+            difference = (torch.cat(parts) - loss(random_evidence(), target_margin)).abs().max()
+            assert (difference > 1e-3) if loss.couples_pairs else (difference == 0)
+
+    def test_two_ranks_give_the_losses_and_gradients_of_one(self) -> None:
+        target_margin = torch.linspace(-0.5, 2.0, 6, dtype=torch.float64)
+        for loss, _ in self._cases():
+            one, *leaves = with_gradient(random_evidence())
+            whole = loss(one, target_margin)
+            gradients = torch.autograd.grad(whole.sum(), leaves, materialize_grads=True)
+            pieces = torch.arange(6).split([2, 4])
+
+            def step(ranks: Ranks, loss: Loss = loss, pieces: Any = pieces) -> tuple[Tensor, ...]:
+                rows = pieces[ranks.rank]
+                part, *leaves = with_gradient(rows_of(random_evidence(), rows))
+                value = loss(part, target_margin[rows], ranks)
+                return value.detach(), *torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
+
+            both = on_two_ranks(step)
+            for ours, theirs in zip(zip(*both, strict=True), (whole.detach(), *gradients), strict=True):
+                torch.testing.assert_close(torch.cat(ours), theirs, rtol=1e-10, atol=STRICT)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_extreme_log_probabilities_give_finite_values_gradients_and_weights(self, dtype: torch.dtype) -> None:
+        values = torch.tensor([-1e5, -30.0, -1.0, -1e-6, -1e-12, 0.0], dtype=dtype)
+        grid = torch.cartesian_prod(values, values, values[[0, 2, 5]], values[[0, 2, 5]])
+        one = torch.ones(len(grid), dtype=torch.long)
+        chosen, rejected, reference_chosen, reference_rejected = grid.T
+        reference = PairLogps(reference_chosen, reference_rejected, one, one)
+        target_margin = torch.linspace(-1, 20, len(grid), dtype=dtype)
+        for loss, _ in self._cases():
+            evidence, *leaves = with_gradient(Evidence(PairLogps(chosen, rejected, one, one), reference))
+            value = loss(evidence, target_margin)
+            gradients = torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
+            for result in (value, *gradients, gradient_weight(loss, evidence, target_margin)):
+                assert result.isfinite().all()
+
+    def test_gradient_weight_is_the_slope_of_the_summed_loss_in_the_chosen_reward(self) -> None:
+        step, target_margin = 1e-6, torch.full((6,), 0.4, dtype=torch.float64)
+        for loss, _ in self._cases():
+            if self.fixed_statistics and loss.couples_pairs:
+                continue
+            numeric = torch.empty(6, dtype=torch.float64)
+            for pair in range(6):
+                up = torch.zeros(6, dtype=torch.float64).index_fill(0, torch.tensor([pair]), step)
+                sums = [
+                    loss(self.moved(loss, random_evidence(), sign * up, 0.0), target_margin).sum() for sign in (1, -1)
+                ]
+                numeric[pair] = -(sums[0] - sums[1]) / (2 * step)
+            weight = gradient_weight(loss, random_evidence(), target_margin)
+            torch.testing.assert_close(weight, numeric, rtol=1e-5, atol=1e-6)
+
+    def test_a_margin_is_refused_exactly_where_the_loss_takes_none(self) -> None:
+        for loss, _ in self._cases():
+            require_margin_fits(loss, "none")
+            if loss.takes_margin:
+                require_margin_fits(loss, "kl")
+            else:
+                with pytest.raises(ConfigError, match=rf"the margin 'kl' is not allowed with the loss '{self.name}'"):
+                    require_margin_fits(loss, "kl")
 
     def test_unknown_options_are_refused_by_name(self) -> None:
-        with pytest.raises(ConfigError, match=rf"{self.name} does not use the option 'temperature'.*beta"):
+        known = self.positive[0] if self.positive else "none"
+        with pytest.raises(ConfigError, match=rf"{self.name} does not use the option 'temperature'.*{known}"):
             build_loss(self.name, temperature=1.0)
 
-    def test_beta_must_be_positive(self) -> None:
-        with pytest.raises(ConfigError, match=rf"{self.name}.beta=0"):
-            build_loss(self.name, beta=0)
+    def test_options_that_must_be_positive_are_checked(self) -> None:
+        for option in self.positive:
+            with pytest.raises(ConfigError, match=rf"{self.name}.{option}=0"):
+                build_loss(self.name, **{**self.options[0], option: 0})
+
+
+def rows_of(evidence: Evidence, rows: Tensor) -> Evidence:
+    """Policy and reference of the given pairs."""
+    return Evidence(*(part if part is None else PairLogps(*(field[rows] for field in part)) for part in evidence[:2]))
+
+
+def _cast(evidence: Evidence, dtype: torch.dtype) -> Evidence:
+    return Evidence(*(PairLogps(part[0].to(dtype), part[1].to(dtype), *part[2:]) for part in evidence[:2]))
+
+
+class _Thread(Ranks):
+    """One of two ranks, each in its own thread."""
+
+    world_size = 2
+
+    def __init__(self, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.board, self.barrier = rank, board, barrier
+
+    def gather(self, values: Tensor) -> Gathered:
+        self.board[self.rank] = values.detach()
+        self.barrier.wait()
+        both = list(self.board)
+        self.barrier.wait()
+        return Gathered(torch.cat(both), self.rank * len(both[0]))
+
+
+def on_two_ranks(step: Callable[[Ranks], Any]) -> list[Any]:
+    """Run `step` on two ranks that see each other's values; results in rank order."""
+    board, barrier = [None, None], threading.Barrier(2, timeout=30)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(step, [_Thread(rank, board, barrier) for rank in range(2)]))
 
 
 class MarginContract:

@@ -9,15 +9,39 @@ from __future__ import annotations
 from typing import Any
 
 from gamma_po.errors import unknown_name
-from gamma_po.losses.base import Loss, PairwiseLoss, gradient_weight
-from gamma_po.losses.dpo import DPO, IPO
-from gamma_po.losses.simpo import SimPO
+from gamma_po.losses.base import Loss, PairwiseLoss, TwoSidedLoss, gradient_weight, require_margin_fits
+from gamma_po.losses.combined import SFT, WeightedSum, WithSFT
+from gamma_po.losses.dpo import DPO, DPOP, RDPO, DPONorm, RobustDPO
+from gamma_po.losses.log_ratio import IPO, DiscoPOP, EXOPair, Hinge
+from gamma_po.losses.reference_free import CPO, ORPO, SimPO
+from gamma_po.losses.transport import AOT, AOTUnpaired
+from gamma_po.losses.two_sided import APODown, APOZero, BCOPair, KTOPair, NCAPair, SPPOHard
 from gamma_po.registry import build
 
 LOSSES: dict[str, type[Loss]] = {
     "dpo": DPO,
-    "ipo": IPO,
+    "robust_dpo": RobustDPO,
     "simpo": SimPO,
+    "dpo_norm": DPONorm,
+    "ipo": IPO,
+    "hinge": Hinge,
+    "kto_pair": KTOPair,
+    "cpo": CPO,
+    "orpo": ORPO,
+    "rdpo": RDPO,
+    "exo_pair": EXOPair,
+    "nca_pair": NCAPair,
+    "bco_pair": BCOPair,
+    "sppo_hard": SPPOHard,
+    "apo_zero": APOZero,
+    "apo_down": APODown,
+    "aot": AOT,
+    "aot_unpaired": AOTUnpaired,
+    "discopop": DiscoPOP,
+    "dpop": DPOP,
+    "sft": SFT,
+    "with_sft": WithSFT,
+    "weighted_sum": WeightedSum,
 }
 
 
@@ -35,4 +59,35 @@ def build_loss(name: str, **options: Any) -> Loss:
     return build(LOSSES[name], name, options)
 
 
-__all__ = ["DPO", "IPO", "LOSSES", "Loss", "PairwiseLoss", "SimPO", "build_loss", "gradient_weight"]
+__all__ = [
+    "AOT",
+    "CPO",
+    "DPO",
+    "DPOP",
+    "IPO",
+    "LOSSES",
+    "ORPO",
+    "RDPO",
+    "SFT",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "BCOPair",
+    "DPONorm",
+    "DiscoPOP",
+    "EXOPair",
+    "Hinge",
+    "KTOPair",
+    "Loss",
+    "NCAPair",
+    "PairwiseLoss",
+    "RobustDPO",
+    "SPPOHard",
+    "SimPO",
+    "TwoSidedLoss",
+    "WeightedSum",
+    "WithSFT",
+    "build_loss",
+    "gradient_weight",
+    "require_margin_fits",
+]

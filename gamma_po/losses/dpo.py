@@ -1,20 +1,21 @@
-"""Losses on log-ratio rewards: DPO and IPO."""
+"""The DPO family: logistic losses on log-ratio rewards."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from gamma_po import links, rewards
 from gamma_po.errors import require
-from gamma_po.losses.base import PairwiseLoss
+from gamma_po.losses.base import LogRatioRewards, PairwiseLoss, require_positive, require_smoothing
 from gamma_po.types import Evidence, PairRewards
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPO(PairwiseLoss):
+class DPO(LogRatioRewards, PairwiseLoss):
     """Direct preference optimization: (1 - ε) ℓ(h - γ) + ε ℓ(-(h - γ)), h = β (r_w - r_l).
 
     Args:
@@ -34,12 +35,8 @@ class DPO(PairwiseLoss):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        require(self.beta > 0, "dpo.beta", self.beta, "a number > 0")
-        require(0 <= self.label_smoothing < 0.5, "dpo.label_smoothing", self.label_smoothing, "0 <= ε < 0.5")
-
-    def rewards(self, evidence: Evidence) -> PairRewards:
-        """β (log π - log π_ref)."""
-        return rewards.log_ratio_rewards(evidence, self.beta)
+        super().__post_init__()
+        require_smoothing(self, self.label_smoothing)
 
     def link(self, reward_margin: Tensor, target_margin: Tensor) -> Tensor:
         """Logistic, with label smoothing."""
@@ -47,35 +44,132 @@ class DPO(PairwiseLoss):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IPO(PairwiseLoss):
-    """Identity preference optimization: (d - 1/(2β) - γ/β)², d = r_w/n_w - r_l/n_l or r_w - r_l.
-
-    In reward units, h = β d, this is ((h - γ - 1/2) / β)².
+class RobustDPO(LogRatioRewards, PairwiseLoss):
+    """Robust DPO: [(1 - ε) ℓ(h - γ) - ε ℓ(-(h - γ))] / (1 - 2ε), unbiased under a share ε of flipped labels.
 
     Args:
-        beta: reward units per nat, > 0; 1/(2β) is the log-ratio gap that IPO aims for without a margin.
-        length_norm: divide log-ratios by token counts, as its authors do.
+        beta: reward units per nat, > 0.
+        label_smoothing: ε in [0, 0.5), the rate at which labels are flipped.
 
     Source:
-        arXiv 2310.12036, eq. 17.
+        arXiv 2403.00409, the robust DPO loss.
     """
 
-    name: ClassVar[str] = "ipo"
-    formula: ClassVar[str] = "(d - 1/(2β) - γ/β)², d = r_w/n_w - r_l/n_l (length_norm) or r_w - r_l"
-    source: ClassVar[str] = "arXiv 2310.12036"
+    name: ClassVar[str] = "robust_dpo"
+    formula: ClassVar[str] = "[(1-ε) ℓ(h-γ) - ε ℓ(-(h-γ))] / (1-2ε), h = β (r_w - r_l)"
+    source: ClassVar[str] = "arXiv 2403.00409"
 
     beta: float = 0.1
-    length_norm: bool = True
+    label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
         """Check the options."""
-        require(self.beta > 0, "ipo.beta", self.beta, "a number > 0")
-
-    def rewards(self, evidence: Evidence) -> PairRewards:
-        """β (log π - log π_ref), per token if `length_norm`."""
-        reward = rewards.mean_log_ratio_rewards if self.length_norm else rewards.log_ratio_rewards
-        return reward(evidence, self.beta)
+        super().__post_init__()
+        require_smoothing(self, self.label_smoothing)
 
     def link(self, reward_margin: Tensor, target_margin: Tensor) -> Tensor:
-        """Squared distance to the target, in nats."""
-        return links.squared((reward_margin - target_margin) / self.beta, target_margin.new_tensor(0.5 / self.beta))
+        """Logistic, corrected for flips."""
+        return links.robust_logistic(reward_margin, target_margin, self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPONorm(PairwiseLoss):
+    """Length-normalised DPO: ℓ(h - γ), h = β (r_w/n_w - r_l/n_l).
+
+    Args:
+        beta: reward units per nat per token, > 0.
+
+    Source:
+        Tülu 3, arXiv 2411.15124.
+    """
+
+    name: ClassVar[str] = "dpo_norm"
+    formula: ClassVar[str] = "ℓ(h-γ), h = β (r_w/n_w - r_l/n_l)"
+    source: ClassVar[str] = "Tülu 3, arXiv 2411.15124"
+
+    beta: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        require_positive(self, "beta")
+
+    def rewards(self, evidence: Evidence) -> PairRewards:
+        """β (log π - log π_ref) per token."""
+        return rewards.mean_log_ratio_rewards(evidence, self.beta)
+
+    def link(self, reward_margin: Tensor, target_margin: Tensor) -> Tensor:
+        """Logistic."""
+        return links.logistic(reward_margin, target_margin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RDPO(LogRatioRewards, PairwiseLoss):
+    """Length-regularised DPO: ℓ(h + α (n_w - n_l) - γ), h = β (r_w - r_l).
+
+    A chosen completion that is longer has part of its margin as a gift, so it is pushed less.
+
+    Args:
+        beta: reward units per nat, > 0.
+        alpha: α, reward units per token, >= 0.
+
+    Source:
+        R-DPO, arXiv 2403.19159, the length-regularised objective.
+    """
+
+    name: ClassVar[str] = "rdpo"
+    formula: ClassVar[str] = "ℓ(h + α (n_w - n_l) - γ), h = β (r_w - r_l)"
+    source: ClassVar[str] = "R-DPO, arXiv 2403.19159"
+
+    beta: float = 0.1
+    alpha: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        require(self.alpha >= 0, "rdpo.alpha", self.alpha, "a number >= 0")
+
+    def reward_margin(self, evidence: Evidence) -> Tensor:
+        """The reward margin and what the longer chosen completion is given."""
+        margin, policy = self.rewards(evidence).margin, evidence.policy
+        longer = policy.chosen_length - policy.rejected_length
+        return margin + self.alpha * longer.to(margin.dtype)
+
+    def link(self, reward_margin: Tensor, target_margin: Tensor) -> Tensor:
+        """Logistic."""
+        return links.logistic(reward_margin, target_margin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOP(LogRatioRewards, PairwiseLoss):
+    """DPO-Positive: ℓ(h - βλ max(0, -r_w) - γ), h = β (r_w - r_l).
+
+    The penalty keeps the chosen completion from becoming less likely than under the reference.
+
+    Args:
+        beta: reward units per nat, > 0.
+        penalty: λ >= 0.
+
+    Source:
+        DPO-Positive (Smaug), arXiv 2402.13228, the DPOP loss.
+    """
+
+    name: ClassVar[str] = "dpop"
+    formula: ClassVar[str] = "ℓ(h - βλ max(0, -r_w) - γ), h = β (r_w - r_l)"
+    source: ClassVar[str] = "DPO-Positive, arXiv 2402.13228"
+
+    beta: float = 0.3
+    penalty: float = 50.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        require(self.penalty >= 0, "dpop.penalty", self.penalty, "a number >= 0")
+
+    def reward_margin(self, evidence: Evidence) -> Tensor:
+        """The reward margin minus λ times what the chosen reward has fallen below zero."""
+        pair = self.rewards(evidence)
+        return pair.margin - self.penalty * torch.relu(-pair.chosen)
+
+    def link(self, reward_margin: Tensor, target_margin: Tensor) -> Tensor:
+        """Logistic."""
+        return links.logistic(reward_margin, target_margin)

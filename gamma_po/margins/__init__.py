@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from gamma_po.errors import unknown_name
-from gamma_po.margins.ablations import Reverse
+from gamma_po.margins.ablations import Reverse, Shuffled
 from gamma_po.margins.base import Margin, PoolMargin
+from gamma_po.margins.column import Column
 from gamma_po.margins.constant import Fixed, NoMargin
-from gamma_po.margins.kl import KL
+from gamma_po.margins.kl import KL, KLAuthors, KLDual
 from gamma_po.margins.mapped import Map
+from gamma_po.margins.running import AlphaDPO, AMaPO
 from gamma_po.margins.solver import mirror_descent_margins, solve_kl_margins
 from gamma_po.registry import build
 
@@ -21,8 +23,14 @@ MARGINS: dict[str, type[Margin]] = {
     "none": NoMargin,
     "fixed": Fixed,
     "kl": KL,
+    "kl_dual": KLDual,
+    "kl_authors": KLAuthors,
     "map": Map,
+    "column": Column,
+    "alpha_dpo": AlphaDPO,
+    "amapo": AMaPO,
     "reverse": Reverse,
+    "shuffled": Shuffled,
 }
 
 
@@ -43,12 +51,18 @@ def build_margin(name: str, **options: Any) -> Margin:
 __all__ = [
     "KL",
     "MARGINS",
+    "AMaPO",
+    "AlphaDPO",
+    "Column",
     "Fixed",
+    "KLAuthors",
+    "KLDual",
     "Map",
     "Margin",
     "NoMargin",
     "PoolMargin",
     "Reverse",
+    "Shuffled",
     "build_margin",
     "mirror_descent_margins",
     "solve_kl_margins",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,17 +36,40 @@ def reversed_ranks(score: Tensor, target_margin: Tensor) -> Tensor:
     return reversed_margin
 
 
-def _pool_margin(wrapper: str, inner: Margin) -> PoolMargin:
-    if not isinstance(inner, PoolMargin):
-        raise ConfigError(
-            f"{wrapper}.inner={inner.name!r} is not allowed: it gives every pair the same or an unranked margin; "
-            "allowed: kl, map"
-        )
-    return inner
+class PoolWrapper(Margin):
+    """A margin that gives the inner margin's γ's to other pairs of the same pool.
+
+    The pool is that of the inner margin: history and step for KL, the training split for a map, never the
+    micro-batch.
+    """
+
+    inner: Margin
+
+    def __post_init__(self) -> None:
+        """Check the inner margin."""
+        if not isinstance(self.inner, PoolMargin):
+            raise ConfigError(
+                f"{self.name}.inner={self.inner.name!r} is not allowed: it allocates nothing over a pool of pairs, so "
+                f"there is nothing to give to others; allowed: kl, kl_dual, kl_authors, map"
+            )
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        """As the inner margin."""
+        return self.inner.needs_reference
+
+    @property
+    def needs_fit(self) -> bool:  # type: ignore[override]
+        """As the inner margin."""
+        return self.inner.needs_fit
+
+    def bind(self, loss: Loss) -> PoolWrapper:
+        """Bind the inner margin."""
+        return dataclasses.replace(self, inner=self.inner.bind(loss))  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reverse(Margin):
+class Reverse(PoolWrapper):
     """The inner margin's γ in reverse rank order over its pool (KL) or the training split (map).
 
     Args:
@@ -61,24 +85,6 @@ class Reverse(Margin):
 
     inner: Margin = field(default_factory=KL)
 
-    def __post_init__(self) -> None:
-        """Check the inner margin."""
-        _pool_margin("reverse", self.inner)
-
-    @property
-    def needs_reference(self) -> bool:  # type: ignore[override]
-        """As the inner margin."""
-        return self.inner.needs_reference
-
-    @property
-    def needs_fit(self) -> bool:  # type: ignore[override]
-        """As the inner margin."""
-        return self.inner.needs_fit
-
-    def bind(self, loss: Loss) -> Reverse:
-        """Bind the inner margin."""
-        return Reverse(inner=self.inner.bind(loss))
-
     def init(self) -> Any:
         """The inner margin's state."""
         return self.inner.init()
@@ -91,7 +97,58 @@ class Reverse(Margin):
         self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
     ) -> tuple[Tensor, Any]:
         """Reverse within the pool, then take this rank's pairs."""
-        inner = _pool_margin("reverse", self.inner)
-        pool, state = inner.pool(reward_margin, evidence, state, ranks or Local())
+        assert isinstance(self.inner, PoolMargin)
+        pool, state = self.inner.pool(reward_margin, evidence, state, ranks or Local())
         target_margin = reversed_ranks(pool.score, pool.target_margin)
         return target_margin[pool.position].to(reward_margin.dtype), state
+
+
+class ShuffledState(NamedTuple):
+    """The inner margin's state and the number of steps taken."""
+
+    inner: Any
+    steps: Tensor  # [], int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shuffled(PoolWrapper):
+    """The inner margin's γ's given to random pairs of its pool: same multiset, no information.
+
+    A map's pool is the training split, whose permutation stays the same for the whole run; a KL margin's pool
+    is permuted anew each step.
+
+    Args:
+        inner: the margin to shuffle.
+        seed: of the permutations.
+
+    Source:
+        control for the ablations of γ-PO, arXiv 2506.03690; this project's own.
+    """
+
+    name: ClassVar[str] = "shuffled"
+    formula: ClassVar[str] = "same γ's, given to random pairs"
+    source: ClassVar[str] = "control (own)"
+
+    inner: Margin = field(default_factory=KL)
+    seed: int = 0
+
+    def init(self) -> ShuffledState:
+        """No step taken."""
+        return ShuffledState(self.inner.init(), torch.zeros((), dtype=torch.int64))
+
+    def fit(self, reference: PairLogps) -> ShuffledState:
+        """Fit the inner margin."""
+        return self.init()._replace(inner=self.inner.fit(reference))
+
+    def __call__(
+        self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
+    ) -> tuple[Tensor, ShuffledState]:
+        """Permute by rank within the pool, so that the order of the pairs does not matter."""
+        assert isinstance(self.inner, PoolMargin)
+        pool, inner = self.inner.pool(reward_margin, evidence, state.inner, ranks or Local())
+        step = 0 if self.inner.needs_fit else int(state.steps)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        permutation = torch.randperm(len(pool.score), generator=generator).to(pool.score.device)
+        target_margin = torch.empty_like(pool.target_margin)
+        target_margin[pool.score.argsort(stable=True)] = pool.target_margin.sort().values[permutation]
+        return target_margin[pool.position].to(reward_margin.dtype), ShuffledState(inner, state.steps + 1)

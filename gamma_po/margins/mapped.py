@@ -33,7 +33,8 @@ class Map(PoolMargin):
 
     Args:
         shape: the map g; see `gamma_po.margins.maps`.
-        standardize: what g sees: m as it is, its z-score, or its robust z-score (median, 1.4826 MAD).
+        standardize: what g sees: m as it is, its z-score, its robust z-score (median, 1.4826 MAD), or its quantile
+            in the training split, in [0, 1] with mid-ranks for ties (with Power: gmax F(m)^p).
         length_norm: use log-probabilities per token in m.
         budget: rescale γ so that its mean over the training split is this, reward units; None for no rescaling.
 
@@ -48,13 +49,13 @@ class Map(PoolMargin):
     needs_fit: ClassVar[bool] = True
 
     shape: MapShape = field(default_factory=Piecewise)
-    standardize: Literal["raw", "z", "robust_z"] = "robust_z"
+    standardize: Literal["raw", "z", "robust_z", "quantile"] = "robust_z"
     length_norm: bool = False
     budget: float | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
-        allowed = ("raw", "z", "robust_z")
+        allowed = ("raw", "z", "robust_z", "quantile")
         require(self.standardize in allowed, "map.standardize", self.standardize, ", ".join(allowed))
         require(self.budget is None or self.budget > 0, "map.budget", self.budget, "a number > 0, or null")
 
@@ -66,14 +67,17 @@ class Map(PoolMargin):
     def fit(self, reference: PairLogps) -> Fitted:
         """Read location, scale and budget off the training split."""
         score = self._score(reference).sort().values
-        location, scale = location_and_scale(score, self.standardize)
-        multiplier = torch.ones((), dtype=torch.float64, device=score.device)
-        if self.budget is not None:
-            mean = self.shape((score - location) / scale).mean()
-            if not mean > 0:
-                raise ConfigError(f"map.budget={self.budget} cannot be met: the map gives γ with mean {float(mean)}")
-            multiplier = self.budget / mean
-        return Fitted(location.double(), scale.double(), multiplier, score)
+        one = torch.ones((), dtype=torch.float64, device=score.device)
+        location, scale = torch.zeros_like(one), one
+        if self.standardize != "quantile":
+            location, scale = location_and_scale(score, self.standardize)
+        fitted = Fitted(location, scale, one, score)
+        if self.budget is None:
+            return fitted
+        mean = self._apply(score, fitted).mean()
+        if not mean > 0:
+            raise ConfigError(f"map.budget={self.budget} cannot be met: the map gives γ with mean {float(mean)}")
+        return fitted._replace(multiplier=self.budget / mean)
 
     def pool(self, reward_margin: Tensor, evidence: Evidence, state: Fitted, ranks: Ranks) -> tuple[Pool, Fitted]:
         """The training split; a pair stands where its reference margin ranks there."""
@@ -97,6 +101,9 @@ class Map(PoolMargin):
         return reference.chosen.double() - reference.rejected.double()
 
     def _apply(self, score: Tensor, state: Fitted) -> Tensor:
+        if self.standardize == "quantile":
+            below, up_to = (torch.searchsorted(state.score, score, right=right) for right in (False, True))
+            return state.multiplier * self.shape((below + up_to) / (2 * len(state.score)))
         return state.multiplier * self.shape((score - state.location) / state.scale)
 
     def _check_fitted(self, state: Fitted) -> None:

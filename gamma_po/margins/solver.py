@@ -81,6 +81,40 @@ def solve_kl_margins(reward_margin: Tensor, *, gamma0: float, tau: float) -> Ten
 
 
 @torch.no_grad()
+def priced_kl_margins(reward_margin: Tensor, mu: Tensor, *, gamma0: float, tau: float) -> tuple[Tensor, Tensor]:
+    """Return the margins that each pair takes at a given price, and how they answer to it.
+
+    Solves log(γ_i/γ0) = μ - (γ0/τ) s(γ_i - h_i) for every pair alone; the price at which mean γ = γ0 is the
+    exact solution's.
+
+    Args:
+        reward_margin: h, [N], finite, reward units.
+        mu: μ, [], in [0, γ0/τ].
+        gamma0: γ0, > 0.
+        tau: τ, > 0.
+
+    Returns:
+        γ and dγ/dμ, [N] each, float64.
+
+    >>> priced_kl_margins(torch.zeros(1), torch.tensor(0.5), gamma0=1.0, tau=1e9)[0]
+    tensor([1.6487], dtype=torch.float64)
+    """
+    c = _strength(gamma0, tau)
+    h = reward_margin.detach().double()
+    x = torch.zeros_like(h)
+    lo, hi, last = x + (mu - c), x + mu, torch.full_like(h, 2 * c)
+    for _ in range(BRACKETED_STEPS):
+        residual, slope = _stationarity(x.clamp(lo, hi), mu, h, gamma0, c)
+        newton = residual / slope
+        done = newton.abs() <= max(STEP_TOLERANCE, 16 * EPSILON * c)
+        x, lo, hi, last = _bracketed_step(x.clamp(lo, hi), residual, newton, lo, hi, last, done)
+        if done.all():
+            break
+    margin = gamma0 * x.exp()
+    return margin, margin / _stationarity(x, mu, h, gamma0, c)[1]
+
+
+@torch.no_grad()
 def kkt_residual(target_margin: Tensor, reward_margin: Tensor, *, gamma0: float, tau: float) -> Tensor:
     """Return how far target margins are from optimal, in reward units.
 

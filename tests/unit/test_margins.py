@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from gamma_po.errors import ConfigError
+from gamma_po.errors import ConfigError, DataError
 from gamma_po.losses import build_loss
 from gamma_po.margins import MARGINS, Fixed, Margin, NoMargin, build_margin
-from gamma_po.margins.maps import Linear, Piecewise, Softplus
-from gamma_po.ranks import Gathered, Ranks
+from gamma_po.margins.maps import Linear, Piecewise, Power, Softplus
+from gamma_po.ranks import Gathered, Local, Ranks
 from gamma_po.types import PairLogps
 from tests import oracle
 from tests.contracts import MarginContract, random_evidence
@@ -37,11 +38,48 @@ class TestKL(MarginContract):
         ]
 
 
+class TestKLDual(MarginContract):
+    def margins(self) -> list[tuple[Margin, Any]]:
+        fresh = fitted(build_margin("kl_dual", gamma0=1.0, tau=0.5, center=True))
+        _, state = call(fresh[0], [0.5, -1.0, 2.0])
+        return [fresh, (fresh[0], state), (build_margin("kl_dual", tau=0.2, center=False, window=4), state)]
+
+
+class TestKLAuthors(MarginContract):
+    def margins(self) -> list[tuple[Margin, Any]]:
+        margin = build_margin("kl_authors", gamma0=1.0, tau=2.0, center=True, sample=3, memory=5)
+        _, state = call(margin, [0.5, -1.0, 2.0, 0.1])
+        return [fitted(margin), (margin, state)]
+
+
+class TestColumn(MarginContract):
+    def margins(self) -> list[tuple[Margin, Any]]:
+        return []
+
+    def test_unknown_options_are_refused_by_name(self) -> None:
+        with pytest.raises(ConfigError, match=r"column does not use the option 'temperature'.*scale, transform"):
+            build_margin("column", temperature=1.0)
+
+
+class TestRunning(MarginContract):
+    def margins(self) -> list[tuple[Margin, Any]]:
+        return [fitted(build_margin("alpha_dpo")), fitted(build_margin("amapo"))]
+
+
+class TestShuffled(MarginContract):
+    def margins(self) -> list[tuple[Margin, Any]]:
+        return [
+            fitted(build_margin("shuffled", inner=build_margin("kl", tau=0.5, center=True))),
+            fitted(build_margin("shuffled", inner=build_margin("map"), seed=3)),
+        ]
+
+
 class TestMap(MarginContract):
     def margins(self) -> list[tuple[Margin, Any]]:
         return [
             fitted(build_margin("map")),
             fitted(build_margin("map", shape=Softplus(), standardize="z", length_norm=True, budget=0.5)),
+            fitted(build_margin("map", shape=Power(), standardize="quantile")),
         ]
 
 
@@ -208,8 +246,136 @@ def test_reverse_of_a_map_mirrors_ranks_in_the_training_split() -> None:
 
 
 def test_reverse_refuses_a_constant_margin() -> None:
-    with pytest.raises(ConfigError, match=r"reverse.inner='fixed' is not allowed.*kl, map"):
+    with pytest.raises(ConfigError, match=r"reverse.inner='fixed' is not allowed.*kl, kl_dual, kl_authors, map"):
         build_margin("reverse", inner=Fixed())
+
+
+def test_quantile_map_uses_mid_ranks_in_the_training_split() -> None:
+    margin = build_margin("map", shape=Linear(g0=0.0, k=1.0), standardize="quantile")
+    got = map_margins(margin, [1.0, 2.0, 2.0, 5.0], [0.0, 1.0, 2.0, 3.0, 5.0, 9.0])
+    assert got == pytest.approx([0.0, 0.125, 0.5, 0.75, 0.875, 1.0])
+
+
+def test_shuffled_gives_the_same_margins_to_other_pairs_and_anew_each_step() -> None:
+    h = torch.linspace(-2, 2, 12).tolist()
+    inner = build_margin("kl", gamma0=1.5, tau=0.4, center=False, history=0)
+    margin = build_margin("shuffled", inner=inner)
+    plain, _ = call(inner, h)
+    first, state = call(margin, h)
+    second, _ = call(margin, h, state)
+    assert sorted(first) == pytest.approx(sorted(plain), abs=1e-14) and first != plain
+    assert sorted(second) == pytest.approx(sorted(plain), abs=1e-14) and first != second
+
+
+def test_shuffled_map_keeps_one_permutation_of_the_training_split() -> None:
+    train = [-2.0, 0.0, 1.0, 3.0, 5.0, 7.0]
+    inner = build_margin("map", shape=Softplus())
+    margin = build_margin("shuffled", inner=inner, seed=1)
+    state = margin.fit(reference_with_margins(train))
+    evidence = random_evidence(6)._replace(reference=reference_with_margins(train))
+    first, state = margin(torch.zeros(6, dtype=torch.float64), evidence, state)
+    second, _ = margin(torch.zeros(6, dtype=torch.float64), evidence, state)
+    assert torch.equal(first, second)
+    plain = map_margins(inner, train, train)
+    assert sorted(first.tolist()) == pytest.approx(sorted(plain), abs=1e-14) and first.tolist() != plain
+
+
+def test_dual_equals_the_exact_solution_at_its_first_step_and_where_the_rewards_stay_the_same() -> None:
+    h, options = [0.3, -1.0, 2.0, 0.9], {"gamma0": 1.5, "tau": 0.4, "center": False}
+    margin, exact = build_margin("kl_dual", window=4, **options), oracle.kl_margins([0.3, -1.0, 2.0, 0.9], 1.5, 0.4)
+    got, state = call(margin, h)
+    assert got == pytest.approx(exact, abs=SOLVER_TOLERANCE)
+    for _ in range(3):
+        got, state = call(margin, h, state)
+        assert got == pytest.approx(exact, abs=SOLVER_TOLERANCE)
+
+
+def test_dual_finds_the_price_of_a_steady_stream_of_small_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    margin = build_margin("kl_dual", gamma0=1.0, tau=0.5, center=False, window=256)
+    state, recent = margin.init(), []
+    for _ in range(300):
+        got, state = call(margin, torch.randn(8, generator=generator, dtype=torch.float64).tolist(), state)
+        recent += got
+    mean = sum(recent[-1600:]) / 1600
+    assert abs(mean - 1.0) < 0.03  # γ's standard deviation is about 0.3: four standard errors
+    # μ of an infinite pool, by quadrature over h ~ N(0, 1)
+    grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)
+    weight = torch.exp(-(grid**2) / 2)
+    low, high = 0.0, 2.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        gamma = torch.ones_like(grid)
+        for _ in range(200):  # damped fixed point of log γ = μ - 2 σ(γ - h)
+            gamma = torch.exp(0.5 * torch.log(gamma) + 0.5 * (middle - 2 * torch.sigmoid(gamma - grid)))
+        low, high = (middle, high) if float((weight * gamma).sum() / weight.sum()) < 1 else (low, middle)
+    assert float(state.mu) == pytest.approx(low, abs=0.1)
+
+
+def test_the_authors_procedure_is_near_the_exact_solution_where_it_converges() -> None:
+    h = [0.3, -1.0, 2.0, 0.9]
+    got, state = call(build_margin("kl_authors", gamma0=4.0, tau=10.0, center=False), h)
+    assert got == pytest.approx(oracle.kl_margins(h, 4.0, 10.0), abs=4e-5)
+    assert state.reward_margin.tolist() == h
+
+
+def test_the_authors_pool_is_the_batch_and_a_sample_of_the_past_that_repeats_with_its_seed() -> None:
+    past = torch.linspace(-3, 3, 40).tolist()
+    margins = [build_margin("kl_authors", gamma0=4.0, tau=10.0, center=False, sample=5, seed=s) for s in (0, 0, 1)]
+    got = []
+    for margin in margins:
+        _, state = call(margin, past)
+        pool, _ = margin.pool(torch.tensor([0.5], dtype=torch.float64), random_evidence(1), state, Local())
+        assert len(pool.score) == 6 and pool.score[0] == 0.5 and set(pool.score[1:].tolist()) <= set(past)
+        got.append(pool.score.tolist())
+    assert got[0] == got[1] != got[2]
+    _, state = call(build_margin("kl_authors", center=False, sample=2, memory=3), past)
+    assert state.reward_margin.tolist() == past[-3:]
+
+
+def test_column_scales_the_data_and_refuses_what_it_cannot_use() -> None:
+    evidence = random_evidence(2)._replace(column=torch.tensor([1.0, 4.0], dtype=torch.float64))
+    h = torch.zeros(2, dtype=torch.float64)
+    assert build_margin("column", scale=0.5)(h, evidence, ())[0].tolist() == [0.5, 2.0]
+    logs, _ = build_margin("column", scale=0.5, transform="log")(h, evidence, ())
+    assert logs.tolist() == pytest.approx([0.0, 0.5 * 1.3862943611198906])
+    with pytest.raises(ConfigError, match=r"data.columns.margin"):
+        build_margin("column")(h, random_evidence(2), ())
+    with pytest.raises(DataError, match=r"holds 0.0.*> 0 with column.transform=log"):
+        build_margin("column", transform="log")(h, evidence._replace(column=torch.tensor([0.0, 1.0])), ())
+
+
+def evidence_with_gaps(policy: list[float], reference: list[float]) -> Any:
+    """Evidence whose per-token gaps chosen - rejected are given; four tokens each."""
+
+    def logps(gaps: list[float]) -> PairLogps:
+        rejected = torch.full((len(gaps),), -8.0, dtype=torch.float64)
+        lengths = torch.full((len(gaps),), 4)
+        return PairLogps(rejected + 4 * torch.tensor(gaps, dtype=torch.float64), rejected, lengths, lengths)
+
+    return random_evidence(len(policy))._replace(policy=logps(policy), reference=logps(reference))
+
+
+def test_alpha_dpo_corrects_its_running_statistics_so_that_one_sigma_reads_one_sigma_at_step_one() -> None:
+    margin = build_margin("alpha_dpo", gamma0=0.5, alpha=0.1, beta=2.0, decay=0.99)
+    evidence = evidence_with_gaps([1.0, 3.0], [0.0, 0.0])  # mean 2, standard deviation 1
+    got, state = margin(torch.zeros(2, dtype=torch.float64), evidence, margin.init())
+    assert got.tolist() == pytest.approx([0.5 - 0.2, 0.5 + 0.2], abs=1e-9)
+    # second step: decayed weights 0.99·0.01 and 0.01 of batches with gaps {1, 3} and {5}
+    got, _ = margin(torch.zeros(1, dtype=torch.float64), evidence_with_gaps([6.0], [1.0]), state)
+    weights = [0.99 / 1.99, 1 / 1.99]
+    mean = weights[0] * 2 + weights[1] * 5
+    std = (weights[0] * 5 + weights[1] * 25 - mean**2) ** 0.5
+    assert got.tolist() == pytest.approx([0.5 + 0.2 * (5 - mean) / std], abs=1e-9)
+
+
+def test_amapo_gives_a_margin_only_below_the_mean() -> None:
+    evidence = evidence_with_gaps([1.0, 3.0, 2.0], [0.0, 0.0, 0.0])
+    got, _ = build_margin("amapo", beta=1.5)(torch.zeros(3, dtype=torch.float64), evidence, ())
+    std = math.sqrt(2 / 3)
+    assert got.tolist() == pytest.approx([1.5 * math.exp((2 - 1) / std * 2), 0.0, 0.0])
+    same, _ = build_margin("amapo")(torch.zeros(2, dtype=torch.float64), evidence_with_gaps([1.0, 1.0], [0, 0]), ())
+    assert same.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +386,7 @@ def test_reverse_refuses_a_constant_margin() -> None:
         ("kl", {"history": -1}, r"kl.history=-1"),
         ("fixed", {"gamma": float("nan")}, r"fixed.gamma=nan"),
         ("map", {"budget": 0.0}, r"map.budget=0.0"),
-        ("map", {"standardize": "minmax"}, r"map.standardize='minmax'.*raw, z, robust_z"),
+        ("map", {"standardize": "minmax"}, r"map.standardize='minmax'.*raw, z, robust_z, quantile"),
     ],
 )
 def test_options_outside_their_range_are_refused_by_name(name: str, options: dict[str, Any], message: str) -> None:
@@ -229,7 +395,9 @@ def test_options_outside_their_range_are_refused_by_name(name: str, options: dic
 
 
 def test_an_unknown_margin_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"unknown margin 'lk'; allowed: fixed, kl, map, none, reverse"):
+    with pytest.raises(
+        ConfigError, match=r"unknown margin 'lk'; allowed: .*fixed, kl, .*none, reverse"
+    ):
         build_margin("lk")
 
 

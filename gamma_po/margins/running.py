@@ -1,0 +1,134 @@
+"""Margins from running statistics of the batch: α-DPO and AMaPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gamma_po.errors import require
+from gamma_po.margins.base import Margin
+from gamma_po.ranks import Local, Ranks
+from gamma_po.types import Evidence, PairLogps
+
+
+class Moments(NamedTuple):
+    """Exponentially weighted first and second moment, and the weight they have gathered (for bias correction)."""
+
+    first: Tensor  # [], float64
+    second: Tensor  # []
+    weight: Tensor  # [] 1 - decay^t
+
+
+def no_moments() -> Moments:
+    """Moments before anything was seen."""
+    zero = torch.zeros((), dtype=torch.float64)
+    return Moments(zero, zero, zero)
+
+
+def updated(moments: Moments, values: Tensor, decay: float) -> Moments:
+    """Return the moments after a batch of values, [N]."""
+    values = values.double()
+    return Moments(
+        decay * moments.first + (1 - decay) * values.mean(),
+        decay * moments.second + (1 - decay) * values.square().mean(),
+        decay * moments.weight + (1 - decay),
+    )
+
+
+def mean_and_std(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Bias-corrected mean and standard deviation, [] each.
+
+    Dividing by the gathered weight removes the pull of the zeros that the averages start from; without it a
+    +1σ pair reads as many σ in the first steps.
+    """
+    mean = moments.first / moments.weight
+    return mean, (moments.second / moments.weight - mean.square()).clamp_min(0).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaDPO(Margin):
+    """γ = γ0 + β α z, z the z-score of the policy's per-token gap minus the reference's.
+
+    Args:
+        gamma0: γ0, reward units.
+        alpha: α >= 0.
+        beta: β, reward units per nat per token, > 0: that of the loss it is used with.
+        decay: of the running mean and variance, in [0, 1).
+
+    Source:
+        α-DPO, arXiv 2410.10148; here with bias-corrected running statistics over all ranks.
+    """
+
+    name: ClassVar[str] = "alpha_dpo"
+    formula: ClassVar[str] = "γ = γ0 + β α z((a/n_w - b/n_l) - (a0/n_w - b0/n_l)), running z-score"
+    source: ClassVar[str] = "α-DPO, arXiv 2410.10148"
+    needs_reference: ClassVar[bool] = True
+
+    gamma0: float = 1.0
+    alpha: float = 0.1
+    beta: float = 2.0
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        require(self.alpha >= 0, "alpha_dpo.alpha", self.alpha, "a number >= 0")
+        require(self.beta > 0, "alpha_dpo.beta", self.beta, "a number > 0")
+        require(0 <= self.decay < 1, "alpha_dpo.decay", self.decay, "0 <= decay < 1")
+
+    def init(self) -> Moments:
+        """Nothing seen."""
+        return no_moments()
+
+    def __call__(
+        self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
+    ) -> tuple[Tensor, Moments]:
+        """Standardise with statistics that include this step's pairs of all ranks."""
+        assert evidence.reference is not None, "α-DPO reads the reference's log-probabilities"
+        gap = (_gap_per_token(evidence.policy) - _gap_per_token(evidence.reference)).detach()
+        state = updated(state, (ranks or Local()).all_gather(gap), self.decay)
+        mean, std = mean_and_std(state)
+        z = torch.where(std > 0, (gap - mean) / std.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        return (self.gamma0 + self.beta * self.alpha * z).to(reward_margin.dtype), state
+
+
+@dataclass(frozen=True, kw_only=True)
+class AMaPO(Margin):
+    """γ = β exp((mean - d)/std · mean) where d < mean, else 0: a margin for the pairs ranked *worst*.
+
+    d is the policy's per-token gap, mean and std those of the step's pairs of all ranks. The opposite hypothesis
+    to γ-PO: push the pairs that lag behind.
+
+    Args:
+        beta: reward units, > 0.
+
+    Source:
+        AMaPO, arXiv 2511.09385.
+    """
+
+    name: ClassVar[str] = "amapo"
+    formula: ClassVar[str] = "γ = β 1[d < mean] exp((mean - d)/std · mean), d = a/n_w - b/n_l"
+    source: ClassVar[str] = "AMaPO, arXiv 2511.09385"
+
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        require(self.beta > 0, "amapo.beta", self.beta, "a number > 0")
+
+    def __call__(
+        self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
+    ) -> tuple[Tensor, Any]:
+        """Compare each pair's gap with the mean of the step."""
+        gap = _gap_per_token(evidence.policy).detach().double()
+        everyone = (ranks or Local()).all_gather(gap)
+        mean, std = everyone.mean(), everyone.std(correction=0)
+        z = (mean - gap) / std.clamp_min(torch.finfo(torch.float64).tiny)
+        below = (gap < mean) & (std > 0)
+        return torch.where(below, self.beta * torch.exp(z * mean), 0.0).to(reward_margin.dtype), state
+
+
+def _gap_per_token(logps: PairLogps) -> Tensor:
+    return logps.mean_chosen - logps.mean_rejected
