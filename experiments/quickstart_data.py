@@ -143,6 +143,7 @@ def main() -> None:
         rows = [
             row for prompt in prompts for row in pairs_of_prompt(prompt, answers[prompt], PAIRS_PER_PROMPT[split], rng)
         ]
+        random.Random(SEED).shuffle(rows)  # so that the first rows of a file are of many prompts
         arguments.output.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), arguments.output / f"{split}.parquet", compression="zstd")
         used = len({row["prompt"] for row in rows})

@@ -18,12 +18,13 @@ Training (options from YAML with --config FILE, or --model.loss DPO --data.train
 Looking things up:
   losses     the losses: formula, options with defaults, paper
   margins    the target margins, likewise
+  presets    ready-made pairs of loss and margin
 
 `python -m gamma_po fit --help` lists every option of `fit`; `--print_config` prints the configuration in force.
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-TABLE_COMMANDS = ("losses", "margins")
+TABLE_COMMANDS = ("losses", "margins", "presets")
 
 
 def main(arguments: list[str] | None = None) -> int:

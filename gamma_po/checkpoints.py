@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -15,7 +16,12 @@ from gamma_po.margins.base import state_from_plain
 from gamma_po.margins.maps import MapShape
 from gamma_po.registry import plain_config
 
+log = logging.getLogger(__name__)
+
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+METHOD = ("loss", "margin", "lora")
+TRAINING = ("optimizer", "schedule", "warmup_ratio", "seed")
+PLACE = ("policy", "reference")  # also reference_model
 
 
 def plain_hparams(hparams: MutableMapping[str, Any]) -> None:
@@ -32,6 +38,75 @@ def plain_hparams(hparams: MutableMapping[str, Any]) -> None:
         else:
             hparams[key] = plain_config(value, with_class_path=(Loss, Margin, MapShape))
     hparams["_instantiator"] = INSTANTIATOR
+
+
+def check_same_settings(saved: dict[str, Any], given: dict[str, Any], *, training: bool) -> None:
+    """Compare the settings a checkpoint was written with to those of the run that is to use it.
+
+    What makes it another method (loss, margin, adapters; for training also optimizer, schedule and seed) must be
+    equal. Where the model lies and how it is computed may differ, with a warning.
+
+    Args:
+        saved: the checkpoint's hyper-parameters, plain.
+        given: the run's, plain, in the same form.
+        training: the run continues the training.
+
+    Raises:
+        ConfigError: naming every difference.
+    """
+    before, now = _flat_settings(saved), _flat_settings(given)
+    groups = {key.split(".")[0] for key in before}
+    keys = [key for key in sorted({*before, *now}) if key.split(".")[0] in groups]
+    different = [
+        f"model.{key}: {before.get(key, 'not set')} in the checkpoint, {now.get(key, 'not set')} here"
+        for key in keys
+        if before.get(key, "not set") != now.get(key, "not set")
+    ]
+    method = METHOD + (TRAINING if training else ())
+    refused = [line for line in different if line.removeprefix("model.").startswith(method)]
+    if refused:
+        raise ConfigError(
+            f"the checkpoint was written with other settings: {'; '.join(refused)}. Give the same settings, e.g. with "
+            "--config and the config.yaml of the run that wrote it"
+        )
+    for line in different:
+        if line.removeprefix("model.").startswith(PLACE):
+            log.warning("%s: the run uses what is given here", line)
+
+
+def check_end_of_training(checkpoint: dict[str, Any], *, max_steps: int, max_epochs: int | None) -> None:
+    """Refuse limits with which Lightning 2.6 counts a finished epoch twice and stops an epoch early, or at once.
+
+    Args:
+        checkpoint: as loaded.
+        max_steps: the trainer's, -1 for no limit.
+        max_epochs: the trainer's, -1 or None for no limit.
+
+    Raises:
+        ConfigError: both limits are set and the checkpoint stands between two epochs.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    between_epochs = progress["processed"] == progress["started"]
+    if between_epochs and max_steps != -1 and max_epochs not in (-1, None):
+        raise ConfigError(
+            f"trainer.max_steps={max_steps} and trainer.max_epochs={max_epochs} are both set, and the checkpoint "
+            "stands between two epochs: the run would stop an epoch early; add --trainer.max_epochs -1 or "
+            "--trainer.max_steps -1"
+        )
+
+
+def _flat_settings(value: Any, key: str = "") -> dict[str, Any]:
+    """Dotted keys to values; classes by their bare names."""
+    if not isinstance(value, dict):
+        name = str(value).rpartition(".")[2] if key.endswith("class_path") else value
+        return {key: name}
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        if name == "init_args":
+            flat |= _flat_settings(inner, key)
+        elif not name.startswith("_"):
+            flat |= _flat_settings(inner, f"{key}.{name}".removeprefix("."))
+    return flat
 
 
 def slim_state_dict(module: LightningModule, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

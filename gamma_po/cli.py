@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from gamma_po.callbacks import GammaStatistics, MarginHistograms, NonFiniteGuard, PairRecorder, RunPlots
 from gamma_po.callbacks.checkpoint import RunCheckpoint
@@ -17,12 +20,11 @@ from gamma_po.callbacks.interruption import StopBetweenSteps
 from gamma_po.callbacks.predictions import PredictionWriter
 from gamma_po.callbacks.report import Report
 from gamma_po.callbacks.run_record import RunRecord
+from gamma_po.checkpoints import check_end_of_training, check_same_settings
 from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.errors import ConfigError, DataError
-from gamma_po.losses import LOSSES
-from gamma_po.margins import MARGINS
-from gamma_po.margins.maps import MapShape
 from gamma_po.module import PreferenceModule
+from gamma_po.parsing import check_carried_options, explain
 from gamma_po.rundirs import RunDirectory
 
 CALLBACKS = {
@@ -35,41 +37,32 @@ CALLBACKS = {
     "export": ExportPolicy,
     "report": Report,
 }
-
-
-def _class_names() -> dict[str, list[str]]:
-    """What may stand behind each injectable key."""
-    return {
-        "loss": [entry.__name__ for entry in LOSSES.values()],
-        "margin": [entry.__name__ for entry in MARGINS.values()],
-        "inner": [entry.__name__ for entry in MARGINS.values()],
-        "shape": [entry.__name__ for entry in MapShape.__subclasses__()],
-    }
+CHECKPOINT_KEYWORDS = ("best", "last", "hpc", "registry")
 
 
 class Parser(LightningArgumentParser):
     """A parser whose errors say what is allowed."""
 
+    of_class: type | None = None
+
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Remember whose options these are, where the whole parser is for one class."""
+        if nested_key is None:
+            self.of_class = theclass
+        return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Exit with status 2 after the message and, for a loss or margin, the allowed names and options."""
-        for hint in hints(message):
-            message += f"\n{hint}"
-        sys.stderr.write(f"error: {message}\n")
+        """Exit with status 2 after the message and what is allowed."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = [action.dest for action in _actions(parser)]
+        sys.stderr.write(f"error: {explain(message, options=known, of_class=self.of_class)}\n")
         raise SystemExit(2)
 
 
-def hints(message: str) -> list[str]:
-    """Return what is allowed where a parsing error names a loss, a margin or a map shape."""
-    lines = []
-    for key, names in _class_names().items():
-        if re.search(rf"[.\"']{key}[.\"']|model\.{key}\b|\.{key}\b", message):
-            lines.append(f"allowed for {key}: {', '.join(names)}")
-    for registry in (LOSSES, MARGINS):
-        for entry in registry.values():
-            if re.search(rf"\b{entry.__name__}\b", message):
-                options = ", ".join(entry.__dataclass_fields__) or "none"  # type: ignore[attr-defined]
-                lines.append(f"options of {entry.__name__}: {options}")
-    return lines
+def _actions(parser: Any) -> list[Any]:
+    """The actions of a parser and of its subcommands."""
+    inner = [sub for action in parser._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
+    return [*parser._actions, *(action for sub in inner[:1] for action in sub._actions)]
 
 
 class PreferenceCLI(LightningCLI):
@@ -97,14 +90,45 @@ class PreferenceCLI(LightningCLI):
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, unless options of one loss or margin would silently pass to another."""
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list):
+            check_carried_options(words)
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the settings against the checkpoint's; Lightning would overwrite them with the checkpoint's."""
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path is None or path in CHECKPOINT_KEYWORDS:
+            return
+        if not Path(path).exists():
+            raise ConfigError(f"ckpt_path={path!r}: no such file; allowed: a checkpoint of this program")
+        if Path(path).is_file():
+            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            self._dump_config()
+            saved = checkpoint.get("hyper_parameters", {})
+            check_same_settings(saved, self.config_dump["model"], training=command == "fit")
+            if command == "fit":
+                limits = self.config[command]["trainer"]
+                check_end_of_training(checkpoint, max_steps=limits["max_steps"], max_epochs=limits["max_epochs"])
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its directory, and CSV and TensorBoard logs in it unless a logger is configured."""
-        configured = self._get(self.config_init, "trainer")["logger"]
-        if configured is None or configured is True:
-            folder = self._get(self.config_init, "run").create()
+        configured = self._get(self.config_init, "trainer")
+        if configured["logger"] in (None, True):
+            folder = self._run_folder()
             place = {"save_dir": folder.parent, "name": "", "version": folder.name}
             kwargs["logger"] = [CSVLogger(**place, flush_logs_every_n_steps=10), TensorBoardLogger(**place)]
+        elif configured["logger"] is False and configured["default_root_dir"] is None:
+            kwargs["default_root_dir"] = self._run_folder()
         return super().instantiate_trainer(**kwargs)
+
+    def _run_folder(self) -> Path:
+        """A new folder, made by the first process; the others learn its name from `trainer.log_dir`."""
+        directory = self._get(self.config_init, "run")
+        return directory.create() if rank_zero_only.rank == 0 else directory.parent / "as-the-first-process-says"
 
     def before_instantiate_classes(self) -> None:
         """Keep the resolved configuration for the run's record."""
@@ -121,10 +145,23 @@ class PreferenceCLI(LightningCLI):
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Parse and run one command; configuration and data errors end in one plain message."""
+    """Parse and run one command; configuration and data errors end in one plain message.
+
+    Args:
+        arguments: of the command line, the command first; those of the process if None.
+
+    Returns:
+        0; 2 after a wrong configuration or wrong data; 1 where the numbers broke; 130 if interrupted early.
+    """
     try:
-        PreferenceCLI(arguments)
-    except (ConfigError, DataError) as error:
+        PreferenceCLI(None if arguments == sys.argv[1:] else arguments)
+    except (ConfigError, DataError, MisconfigurationException) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except FloatingPointError as error:
+        sys.stderr.write(f"stopped: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
     return 0

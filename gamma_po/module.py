@@ -14,12 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
 from gamma_po.checkpoints import load_margin_state, plain_hparams, slim_state_dict
-from gamma_po.data.datamodule import pad_id
 from gamma_po.data.dataset import PairDataset
 from gamma_po.data.reference_cache import ReferenceKey, cached_logps, default_cache_dir
 from gamma_po.errors import ConfigError, require
 from gamma_po.evaluation.pairs import PairMetrics
-from gamma_po.losses import Loss, gradient_weight
+from gamma_po.losses import Loss, gradient_weight, require_margin_fits
 from gamma_po.margins import Margin
 from gamma_po.margins.base import state_to_device, state_to_plain
 from gamma_po.policies import (
@@ -27,6 +26,7 @@ from gamma_po.policies import (
     Lora,
     ModelConfig,
     attach_lora,
+    check_layout,
     evaluating,
     load_model,
     load_tokenizer,
@@ -76,6 +76,7 @@ class PreferenceModule(LightningModule):
         plain_hparams(self.hparams)
         require(0 <= warmup_ratio < 1, "model.warmup_ratio", warmup_ratio, "0 <= ratio < 1")
         self.policy_config, self.lora, self.seed = policy, lora, seed
+        require_margin_fits(loss, margin.name)
         self.loss, self.margin = loss, margin.bind(loss)
         self.margin_state = self.margin.init()
         self.gradient_checkpointing = gradient_checkpointing
@@ -114,6 +115,8 @@ class PreferenceModule(LightningModule):
         if self.policy is not None:
             return
         model = load_model(self.policy_config)
+        layout = getattr(getattr(self._trainer, "datamodule", None), "layout", "padded")
+        check_layout(layout, model.config, self.policy_config.attention)
         if self.reference is not None:
             self.reference.load(model)
         if self.lora is not None:
@@ -158,18 +161,23 @@ class PreferenceModule(LightningModule):
             per_pair=per_pair.detach(),
             rewards=type(rewards)(rewards.chosen.detach(), rewards.rejected.detach()),
             target_margin=target_margin,
-            gradient_weight=gradient_weight(self.loss, evidence, target_margin, self.ranks),
+            gradient_weight=self._gradient_weight(evidence, target_margin),
             evidence=evidence,
         )
         return output, state
+
+    def _gradient_weight(self, evidence: Evidence, target_margin: Tensor) -> Tensor:
+        """It takes a gradient, also where Lightning evaluates in inference mode, whose tensors allow none."""
+        with torch.inference_mode(False):
+            return gradient_weight(self.loss, _copied(evidence), target_margin.clone(), self.ranks)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch; advances the margin's state."""
         output, self.margin_state = self.compute(batch, self.margin_state)
         detached = output._replace(loss=output.loss.detach())
         self.last_output, self.last_batch = detached, batch
-        self.log("train/loss", detached.loss, prog_bar=True, batch_size=batch.num_pairs)
-        self.log_dict(_training_log(detached), batch_size=batch.num_pairs)
+        self.log("train/loss", detached.loss, prog_bar=True, batch_size=batch.num_pairs, sync_dist=True)
+        self.log_dict(_training_log(detached), batch_size=batch.num_pairs, sync_dist=True)
         return {"loss": output.loss, "output": detached}
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
@@ -205,14 +213,14 @@ class PreferenceModule(LightningModule):
             self._open_scoring,
             key=ReferenceKey(
                 weights=self.reference.weights,
-                layout="padded",
+                layout=datamodule.layout,
                 precision=f"{config.dtype}/{self.trainer.precision}",
                 attention=config.attention,
             ),
             folder=datamodule.cache_dir or default_cache_dir(),
             ranks=self.ranks,
             batch_size=datamodule.eval_batch_size,
-            pad_id=pad_id(self.tokenizer),
+            collate=datamodule.collate,
             description=f"reference log-probabilities, {split}",
         )
 
@@ -284,7 +292,8 @@ class PreferenceModule(LightningModule):
     def _log_pair_metrics(self, prefix: str) -> None:
         values = self.pair_metrics.compute()
         self.pair_metrics.reset()
-        self.log_dict({f"{prefix}/{key}": value for key, value in values.items()})
+        # Equal on every rank already; sync_dist only tells Lightning so.
+        self.log_dict({f"{prefix}/{key}": value for key, value in values.items()}, sync_dist=True)
 
 
 def check_reference_is_used(
@@ -316,6 +325,13 @@ def _select(evidence: Evidence, rows: Tensor) -> Evidence:
 
     column = None if evidence.column is None else evidence.column[rows]
     return Evidence(pick(evidence.policy), pick(evidence.reference), column)
+
+
+def _copied(evidence: Evidence) -> Evidence:
+    """The same values in tensors of their own."""
+    policy, reference, column = evidence
+    copies = [None if part is None else PairLogps(*(field.clone() for field in part)) for part in (policy, reference)]
+    return Evidence(*copies, None if column is None else column.clone())
 
 
 def _training_log(output: LossOutput) -> dict[str, Tensor]:

@@ -15,9 +15,15 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from gamma_po.errors import ConfigError
+from gamma_po.errors import ConfigError, require
 from gamma_po.logps import completion_token_logps
 from gamma_po.types import ModelInput, PairLogps
 
@@ -40,6 +46,12 @@ class Lora:
     alpha: float = 32
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        require(self.r >= 1, "lora.r", self.r, "an integer >= 1")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "a number > 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 <= dropout < 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +240,10 @@ class CompletionScorer(nn.Module):
         """Summed log-probability of each sequence, [S], float32, nats."""
         causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         hidden = causal.get_decoder()(
-            input_ids=model_input.input_ids, attention_mask=model_input.attention_mask, use_cache=False
+            input_ids=model_input.input_ids,
+            attention_mask=_mask_for(causal, model_input.attention_mask),
+            position_ids=model_input.position_ids,
+            use_cache=False,
         ).last_hidden_state
         selected = hidden.flatten(0, 1).index_select(0, model_input.predict_from)
         token_logps = completion_token_logps(
@@ -258,6 +273,39 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
     """Use the base model under the adapters: LoRA's reference."""
     with model.disable_adapter():
         yield
+
+
+def check_layout(layout: str, config: PretrainedConfig, attention: str) -> None:
+    """Refuse a layout that the architecture or the attention backend would compute wrongly.
+
+    Args:
+        layout: name of the layout.
+        config: transformers' configuration of the model.
+        attention: attention backend.
+
+    Raises:
+        ConfigError: naming the reason and the layout that works.
+    """
+    if layout == "padded":
+        return
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    reason = None
+    if kinds != {"full_attention"}:
+        reason = f"{config.model_type} has layers of {', '.join(sorted(kinds - {'full_attention'}))}"
+    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        reason = f"{config.model_type} attends within a sliding window of {config.sliding_window}"
+    elif attention not in ("sdpa", "eager"):
+        reason = f"attention={attention} takes no mask of its own (sdpa and eager do)"
+    if reason is not None:
+        raise ConfigError(f"data.layout={layout} does not work here: {reason}; allowed: padded")
+
+
+def _mask_for(model: PreTrainedModel, mask: Tensor) -> Tensor:
+    """A [R, 1, T, T] mask as the attention backend reads it: True/False for sdpa, 0/-inf to add for eager."""
+    if mask.ndim == 2 or model.config._attn_implementation == "sdpa":
+        return mask
+    blocked = torch.finfo(model.dtype).min
+    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, blocked)
 
 
 def _logit_scale(config: object) -> float:

@@ -59,18 +59,21 @@ class Distributed(Ranks):
 
     def gather(self, values: Tensor) -> Gathered:
         """Gather counts first, then rows padded to the longest rank."""
-        values = values.detach().contiguous()
-        counts = self._gather_equal(torch.tensor([values.shape[0]], device=values.device)).tolist()
+        home, values = values.device, self._reachable(values.detach()).contiguous()
+        counts = [int(n) for n in self._gather_equal(torch.tensor([values.shape[0]], device=values.device))]
         padded = values.new_zeros((max(counts), *values.shape[1:]))
         padded[: values.shape[0]] = values
-        rows = self._gather_equal(padded).unflatten(0, (self.world_size, max(counts)))
-        pieces = [rows[rank, :count] for rank, count in enumerate(counts)]
-        return Gathered(torch.cat(pieces), sum(counts[: self.rank]))
+        pieces = [rows[:count] for rows, count in zip(self._gather_equal(padded), counts, strict=True)]
+        return Gathered(torch.cat(pieces).to(home), sum(counts[: self.rank]))
 
-    def _gather_equal(self, values: Tensor) -> Tensor:
-        gathered = values.new_empty((self.world_size * values.shape[0], *values.shape[1:]))
-        torch.distributed.all_gather_into_tensor(gathered, values)
+    def _gather_equal(self, values: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(values) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, values)
         return gathered
+
+    def _reachable(self, values: Tensor) -> Tensor:
+        """Move values to where the group can send them from: NCCL knows only the GPU."""
+        return values.cuda() if torch.distributed.get_backend() == "nccl" else values
 
 
 def current_ranks() -> Ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -53,6 +54,12 @@ class Reference(nn.Module):
             self.weights = fingerprint(untouched_policy if self.is_start_of_policy else load_model(self.config))
         if self.source == "copy":
             self.copy = CompletionScorer(load_model(self.config)).requires_grad_(False).eval()
+            # Lightning's advice at the start of training; this one is in eval mode on purpose, and stays so.
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+
+    def train(self, mode: bool = True) -> Reference:
+        """Stay in eval mode, whatever the policy around it does."""
+        return super().train(False)
 
     @contextmanager
     def opened(self, policy: CompletionScorer, *, policy_is_untouched: bool) -> Iterator[CompletionScorer]:

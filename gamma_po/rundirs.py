@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from pathlib import Path
 
 from gamma_po.errors import ConfigError
@@ -20,26 +19,26 @@ class RunDirectory:
     def __init__(self, root: str = "runs", name: str = "run") -> None:
         self.root, self.name = root, name
 
+    @property
+    def parent(self) -> Path:
+        """Where runs of this name lie."""
+        return Path(self.root).expanduser() / self.name
+
     def create(self) -> Path:
-        """Make the folder and return it; processes of one distributed run agree on it.
+        """Make the folder and return it. Only the first process of a run calls this; the others ask it.
 
         Raises:
             ConfigError: the folder cannot be made.
         """
-        parent = Path(self.root).expanduser() / self.name
-        shared = os.environ.get("GAMMA_PO_RUN")
-        if shared is not None:
-            return Path(shared)
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         try:
-            parent.mkdir(parents=True, exist_ok=True)
+            self.parent.mkdir(parents=True, exist_ok=True)
             for attempt in range(1000):
-                folder = parent / (now if attempt == 0 else f"{now}-{attempt}")
+                folder = self.parent / (now if attempt == 0 else f"{now}-{attempt}")
                 try:
                     folder.mkdir()
                 except FileExistsError:
                     continue
-                os.environ["GAMMA_PO_RUN"] = str(folder)
                 return folder
         except OSError as error:
             raise ConfigError(f"run.root={self.root!r}: no folder can be made there: {error}") from error

@@ -83,7 +83,8 @@ class ModelInput:
     """
 
     input_ids: Tensor  # [R, T]
-    attention_mask: Tensor  # [R, T] 1 where a token is
+    attention_mask: Tensor  # [R, T] 1 where a token is, or [R, 1, T, T] True where a token may look
+    position_ids: Tensor | None  # [R, T]; None where they are the columns
     predict_from: Tensor  # [N] position in the flattened [R * T] whose hidden state predicts the token
     targets: Tensor  # [N] the completion tokens
     sequence: Tensor  # [N] which of the S sequences the token belongs to

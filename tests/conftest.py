@@ -35,6 +35,5 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def _isolated_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Caches and runs go to the test's own folder; the random state is the same at every start."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("GAMMA_PO_RUN", raising=False)
     monkeypatch.setattr("sys.argv", ["gamma_po"])
     torch.manual_seed(0)

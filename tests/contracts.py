@@ -15,6 +15,7 @@ from gamma_po.data.dataset import PairDataset, Slot, collate
 from gamma_po.data.formatting import Columns, read_preferences
 from gamma_po.data.tokenization import Tokenization, tokenize_preferences
 from gamma_po.errors import ConfigError
+from gamma_po.layouts import LAYOUTS
 from gamma_po.losses import Loss, build_loss, gradient_weight, require_margin_fits
 from gamma_po.margins import Margin, build_margin
 from gamma_po.margins.base import state_from_plain, state_to_plain
@@ -347,9 +348,9 @@ def tiny_dataset(source: str, *, flips: tuple[int, ...] = ()) -> PairDataset:
     return PairDataset(pairs, flipped)
 
 
-def batch_of(dataset: PairDataset, rows: range) -> PreferenceBatch:
+def batch_of(dataset: PairDataset, rows: range, layout: str = "padded") -> PreferenceBatch:
     """The given rows as one batch."""
-    return collate([dataset[Slot(row)] for row in rows], pad_id=0)
+    return collate([dataset[Slot(row)] for row in rows], pad_id=0, layout=LAYOUTS[layout])
 
 
 def perturb(module: PreferenceModule, scale: float = 0.05) -> None:

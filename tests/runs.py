@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 from gamma_po.cli import PreferenceCLI
@@ -45,7 +44,6 @@ def run(
     command: str, model: str, data: dict[str, str], root: Path, options: list[str], config: Path | None = None
 ) -> Run:
     """Run a command in this process."""
-    os.environ.pop("GAMMA_PO_RUN", None)
     return Run(PreferenceCLI([command, *arguments(model, data, root, options, config)]))
 
 

@@ -35,10 +35,11 @@ class PredictionWriter(BasePredictionWriter):
             ).cpu()
             for name in predictions[0]
         }
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every process: it asks the first one
         if not trainer.is_global_zero:
             return
         order = columns["index"].argsort()
         table = pa.table({name: values[order].numpy() for name, values in columns.items()})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
-        write_bytes(Path(trainer.log_dir or ".") / "predictions.parquet", sink.getvalue().to_pybytes())
+        write_bytes(folder / "predictions.parquet", sink.getvalue().to_pybytes())

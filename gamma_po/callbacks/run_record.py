@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gamma_po.files import write_text
 
@@ -52,8 +54,9 @@ class RunRecord(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what is in force."""
+        table = header(trainer, pl_module)  # on every process: `trainer.log_dir` asks the first one
         if trainer.is_global_zero:
-            Console().print(header(trainer, pl_module))
+            Console().print(table)
 
 
 def run_facts(seed: int) -> dict[str, Any]:
@@ -80,29 +83,41 @@ def header(trainer: Trainer, module: LightningModule) -> Table:
     table = Table(title="in force", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("policy", f"{module.policy_config.path} ({module.policy_config.dtype}), {trainable_share(module)}")
-    table.add_row("loss", f"{module.loss}\n{module.loss.formula}   [{module.loss.source}]")
-    table.add_row("margin", f"{module.margin}\n{module.margin.formula}   [{module.margin.source}]")
-    strength = margin_strength(module.margin)
-    if strength is not None:
-        table.add_row("γ0/τ", f"{strength:.4g}: the largest γ of a pool is at most exp(γ0/τ) × the smallest")
-    table.add_row("reference", "not used" if module.reference is None else module.reference.source)
-    datamodule = trainer.datamodule
-    if datamodule is not None:
-        for split, dataset in datamodule.datasets.items():
-            flips = int(dataset.flipped.sum())
-            counts = {key: value for key, value in datamodule.counts[split].items() if value and key != "pairs"}
-            notes = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in counts.items())
-            table.add_row(
-                f"data, {split}",
-                f"{len(dataset)} pairs from {datamodule.sources[split]}"
-                + (f"; {flips} labels flipped" if flips else "")
-                + (f"; {notes}" if notes else ""),
-            )
-        per_step = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        table.add_row("pairs per step", f"{per_step} on {trainer.world_size} process(es), {trainer.precision}")
-    table.add_row("run directory", str(trainer.log_dir))
+    for name, value in [*_model_rows(module), *_data_rows(trainer), ("run directory", str(trainer.log_dir))]:
+        table.add_row(name, Text(value))
     return table
+
+
+def _model_rows(module: LightningModule) -> list[tuple[str, str]]:
+    loss, margin = module.loss, module.margin
+    rows = [
+        ("policy", f"{module.policy_config.path} ({module.policy_config.dtype}), {trainable_share(module)}"),
+        ("loss", f"{loss}\n{loss.formula}   [{loss.source}]"),
+        ("margin", f"{margin}\n{margin.formula}   [{margin.source}]"),
+    ]
+    strength = margin_strength(margin)
+    if strength is not None:
+        rows.append(
+            ("γ0/τ", f"{strength:.4g}: in a pool, the largest γ is at most {math.exp(strength):.4g} × the smallest")
+        )
+    rows.append(("reference", "not used" if module.reference is None else module.reference.source))
+    return rows
+
+
+def _data_rows(trainer: Trainer) -> list[tuple[str, str]]:
+    datamodule, rows = trainer.datamodule, []
+    if datamodule is None:
+        return rows
+    for split, dataset in datamodule.datasets.items():
+        notes = [f"{len(dataset)} pairs from {datamodule.sources[split]}"]
+        if dataset.flipped.any():
+            notes.append(f"{int(dataset.flipped.sum())} labels flipped")
+        counts = datamodule.counts[split]
+        notes += [f"{key.replace('_', ' ')}: {n}" for key, n in counts.items() if n and key not in ("pairs", "kept")]
+        rows.append((f"data, {split}", "; ".join(notes)))
+    per_step = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    rows.append(("pairs per step", f"{per_step} on {trainer.world_size} process(es), precision {trainer.precision}"))
+    return rows
 
 
 def trainable_share(module: LightningModule) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,13 +13,15 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from gamma_po.data.dataset import PairDataset, collate
+from gamma_po.data.dataset import Example, PairDataset, collate
 from gamma_po.data.formatting import Columns, Preference, read_preferences
 from gamma_po.data.loader import ResumableLoader, SequentialBatches, ShuffledBatches
 from gamma_po.data.noise import flip_mask
 from gamma_po.data.tokenization import Tokenization, tokenize_preferences
 from gamma_po.errors import ConfigError, require
+from gamma_po.layouts import LAYOUTS
 from gamma_po.ranks import current_ranks
+from gamma_po.types import PreferenceBatch
 
 SPLITS_OF_STAGE = {
     "fit": ("train", "validation", "test"),
@@ -36,6 +40,8 @@ class PreferenceDataModule(LightningDataModule):
         test: likewise; its prompts serve the comparison of samples after training.
         columns: how the columns are called.
         tokenization: template and truncation.
+        layout: how pairs become rows of the model: `padded`, a row per completion, or `shared_prefix`, a row per
+            pair in which the prompt is encoded once (faster, the more so the longer the prompts).
         batch_size: pairs per step and rank.
         eval_batch_size: pairs per forward in evaluation and when the reference is scored.
         label_noise: probability in [0, 1] with which each training pair's label is flipped.
@@ -56,6 +62,7 @@ class PreferenceDataModule(LightningDataModule):
         test: str | None = None,
         columns: Columns = Columns(),  # noqa: B008 - frozen
         tokenization: Tokenization = Tokenization(),  # noqa: B008 - frozen
+        layout: Literal["padded", "shared_prefix"] = "padded",
         batch_size: int = 8,
         eval_batch_size: int = 16,
         label_noise: float = 0.0,
@@ -76,7 +83,8 @@ class PreferenceDataModule(LightningDataModule):
         self.limits = {"train": limit_train, "validation": limit_validation, "test": limit_test}
         for split, limit in self.limits.items():
             require(limit is None or limit >= 1, f"data.limit_{split}", limit, "an integer >= 1, or null")
-        self.columns, self.tokenization = columns, tokenization
+        require(layout in LAYOUTS, "data.layout", layout, ", ".join(LAYOUTS))
+        self.columns, self.tokenization, self.layout = columns, tokenization, layout
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.label_noise, self.label_noise_seed = label_noise, label_noise_seed
         self.invalid_rows = invalid_rows
@@ -94,7 +102,10 @@ class PreferenceDataModule(LightningDataModule):
             self.tokenizer = self.trainer.lightning_module.tokenizer
         required = SPLITS_OF_STAGE[stage][0]
         if self.sources[required] is None:
-            raise ConfigError(f"data.{required} is not set; `{stage}` needs it: a file, package:NAME/file or hub name")
+            command = str.__str__(stage)  # Lightning's stages are strings whose format is not their value
+            raise ConfigError(
+                f"data.{required} is not set; `{command}` needs it: a file, package:NAME/file or hub name"
+            )
         for split in SPLITS_OF_STAGE[stage]:
             if self.sources[split] is not None and split not in self.datasets:
                 self.datasets[split] = self._read(split)
@@ -118,6 +129,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """As test."""
+        # Lightning cannot know that the batches hold every pair, and says so.
+        warnings.filterwarnings("ignore", message="You are using a custom batch sampler `SequentialBatches`")
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader:
@@ -152,10 +165,15 @@ class PreferenceDataModule(LightningDataModule):
             module.attach_reference(dataset, split)
         return dataset
 
-    def _loader_options(self) -> dict[str, object]:
+    @property
+    def collate(self) -> Callable[[Sequence[Example]], PreferenceBatch]:
+        """Lays examples out for the model."""
         assert self.tokenizer is not None
+        return partial(collate, pad_id=pad_id(self.tokenizer), layout=LAYOUTS[self.layout])
+
+    def _loader_options(self) -> dict[str, object]:
         return {
-            "collate_fn": partial(collate, pad_id=pad_id(self.tokenizer)),
+            "collate_fn": self.collate,
             "num_workers": self.num_workers,
             "generator": torch.Generator().manual_seed(self.seed),
             "pin_memory": torch.cuda.is_available(),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gamma_po.data.tokenization import TokenizedPair
-from gamma_po.layouts import padded
+from gamma_po.layouts import Layout, padded
 from gamma_po.types import PairLogps, PreferenceBatch
 
 
@@ -75,21 +75,21 @@ def swapped(logps: PairLogps) -> PairLogps:
     return PairLogps(logps.rejected, logps.chosen, logps.rejected_length, logps.chosen_length)
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> PreferenceBatch:
+def collate(examples: Sequence[Example], pad_id: int, layout: Layout = padded) -> PreferenceBatch:
     """Lay examples out for the model.
 
     Args:
         examples: P of them.
         pad_id: fills padding.
+        layout: how pairs become rows; see `gamma_po.layouts`.
     """
-    prompts = [example.prompt for example in examples]
-    completions = [example.chosen for example in examples] + [example.rejected for example in examples]
+    parts = [[getattr(example, part) for example in examples] for part in ("prompt", "chosen", "rejected")]
     reference = None
     if examples[0].reference is not None:
         reference = PairLogps(*(torch.stack(values) for values in zip(*(e.reference for e in examples), strict=True)))
     columns = torch.tensor([example.column for example in examples])
     return PreferenceBatch(
-        model_input=padded(prompts * 2, completions, pad_id=pad_id),
+        model_input=layout(*parts, pad_id),
         index=torch.tensor([example.slot.index for example in examples]),
         weight=torch.tensor([example.slot.weight for example in examples]),
         flipped=torch.tensor([example.flipped for example in examples]),

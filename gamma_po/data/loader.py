@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from gamma_po.data.dataset import Slot
-from gamma_po.errors import DataError
+from gamma_po.errors import ConfigError, DataError
 
 
 class ShuffledBatches(Sampler[list[Slot]]):
@@ -78,12 +78,27 @@ class ResumableLoader(DataLoader[Any]):
         self._resume: dict[str, int] | None = None
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position; Lightning saves it in checkpoints."""
-        return {"epoch": self.batch_sampler.epoch, "yielded": self._yielded}
+        """Return the position and what it counts in; Lightning saves it in checkpoints."""
+        return {"epoch": self.batch_sampler.epoch, "yielded": self._yielded, **self._order()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a saved position at the next iteration."""
+        """Continue from a saved position at the next iteration.
+
+        Raises:
+            ConfigError: the position is inside an epoch, whose order here would be another.
+        """
+        inside_epoch = 0 < state["yielded"] < len(self.batch_sampler)
+        for name, value in self._order().items():
+            if inside_epoch and state[name] != value:
+                raise ConfigError(
+                    f"the checkpoint stopped inside an epoch with {name}={state[name]}, this run has {name}={value}: "
+                    "it would not continue with the same pairs; use the settings of the run that wrote the checkpoint"
+                )
         self._resume = dict(state)
+
+    def _order(self) -> dict[str, int]:
+        sampler = self.batch_sampler
+        return {name: getattr(sampler, name) for name in ("num_pairs", "batch_size", "world_size", "seed")}
 
     def __iter__(self) -> Iterator[Any]:
         # Set at the start, not the end: the trainer stops asking after the last batch and never exhausts this.

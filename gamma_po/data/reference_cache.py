@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from gamma_po.data.dataset import Example, Slot, collate
+from gamma_po.data.dataset import Example, Slot
 from gamma_po.data.tokenization import TokenizedPair
 from gamma_po.errors import ConfigError
 from gamma_po.files import write_bytes
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 SPARE_BYTES = 16 * 2**20
 Score = Callable[[PreferenceBatch], PairLogps]
+Collate = Callable[[Sequence[Example]], PreferenceBatch]
 
 
 class ReferenceKey(NamedTuple):
@@ -62,7 +63,7 @@ def cached_logps(
     folder: Path,
     ranks: Ranks,
     batch_size: int,
-    pad_id: int,
+    collate: Collate,
     description: str,
 ) -> PairLogps:
     """Return the reference's log-probabilities of all pairs, from disk or by computing them once.
@@ -74,7 +75,7 @@ def cached_logps(
         folder: where the cache lives; one file per data set and key.
         ranks: each scores its share; all get everything; rank 0 writes.
         batch_size: pairs per forward.
-        pad_id: fills padding.
+        collate: lays examples out for the model.
         description: what the progress bar says.
 
     Returns:
@@ -91,7 +92,7 @@ def cached_logps(
     if ranks.rank == 0:
         check_room(folder, 16 * len(pairs))
     with open_scorer() as score:
-        logps = _compute(pairs, score, ranks, batch_size, pad_id, description)
+        logps = _compute(pairs, score, ranks, batch_size, collate, description)
     if ranks.rank == 0:
         _write(path, logps)
     return logps
@@ -122,7 +123,7 @@ def _compute(
     score: Score,
     ranks: Ranks,
     batch_size: int,
-    pad_id: int,
+    collate: Collate,
     description: str,
 ) -> PairLogps:
     """Score pairs sorted by length, each rank every world_size-th batch; every rank runs equally many forwards."""
@@ -136,7 +137,7 @@ def _compute(
     rows, values = [], []
     for batch in track(mine, description, visible=ranks.rank == 0):
         examples = [_example(i, pairs[i]) for i in batch]
-        logps = score(collate(examples, pad_id))
+        logps = score(collate(examples))
         rows.append(torch.tensor(batch))
         values.append(torch.stack([field.float() for field in logps], dim=1))
     device = values[0].device

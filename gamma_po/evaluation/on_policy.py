@@ -13,7 +13,7 @@ from gamma_po.evaluation.generation import Sampling, sample_completions
 from gamma_po.evaluation.gold import GoldReward
 from gamma_po.evaluation.intervals import Estimate, clustered_mean, clustered_share
 from gamma_po.evaluation.pairs import preferred
-from gamma_po.layouts import padded
+from gamma_po.layouts import padded_sequences
 from gamma_po.policies import CompletionScorer
 from gamma_po.progress import track
 
@@ -93,7 +93,7 @@ def score_completions(
     with torch.no_grad():
         for start in track(range(0, len(order), batch_size), description):
             chosen = order[start : start + batch_size]
-            rows = padded([prompts[i] for i in chosen], [completions[i] for i in chosen], pad_id=0)
+            rows = padded_sequences([prompts[i] for i in chosen], [completions[i] for i in chosen], pad_id=0)
             logps[chosen] = scorer.sequence_logps(rows.to(device), temperature).cpu()
     return logps
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from gamma_po.evaluation.intervals import Estimate, clustered_mean, clustered_share
@@ -85,7 +86,8 @@ def samples_table(rows: Sequence[dict[str, Any]]) -> Table:
     for column in ("prompt", "reference", "policy"):
         table.add_column(column, overflow="fold", ratio=1)
     for row in rows:
-        table.add_row(row["prompt"], *(_sample_text(row, who) for who in ("reference", "policy")))
+        texts = (row["prompt"], _sample_text(row, "reference"), _sample_text(row, "policy"))
+        table.add_row(*map(Text, texts))
     return table
 
 

@@ -57,7 +57,7 @@ class CPO(Loss):
         sft_weight: λ >= 0, weight of the chosen completion's negative log-likelihood per token.
 
     Source:
-        arXiv 2401.08417: the contrastive loss and the likelihood term added to it; the likelihood term here is per pair, see `SFT`.
+        arXiv 2401.08417: the contrastive loss and the likelihood term added to it, here per pair, see `SFT`.
     """
 
     name: ClassVar[str] = "cpo"

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gamma_po.cli import run as run_command
-from tests.runs import arguments, fit, run, steps_of
+from gamma_po.errors import ConfigError
+from tests.runs import arguments, fit, steps_of
+from tests.tiny import tiny_rows, write_rows
 
 LORA = ["--model.lora.r", "4", "--model.lora.alpha", "8", "--model.lora.dropout", "0.1"]
 FULL: list[str] = []
@@ -77,3 +78,108 @@ def test_a_run_resumed_anywhere_ends_with_the_same_bits(
     for step in (3, 8, 13):  # inside the first epoch, between the epochs, inside the second
         resumed = fit(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", str(checkpoint_at(whole, step))])
         assert_same_ending(whole, resumed, step)
+
+
+def test_the_end_of_an_epoch_workers_and_accumulated_gradients_resume_exactly(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = [*LORA, *TWO_EPOCHS, "--trainer.accumulate_grad_batches", "2", "--data.num_workers", "2"]
+    every_epoch = [*options, "--checkpoint.save_top_k", "-1"]
+    whole = fit(tiny_model_path, tiny_data, tmp_path, every_epoch)
+    resumed = fit(tiny_model_path, tiny_data, tmp_path, [*every_epoch, "--ckpt_path", str(checkpoint_at(whole, 4))])
+    assert_same_ending(whole, resumed, 4)
+    often = [*options, *EVERY_STEP]
+    whole = fit(tiny_model_path, tiny_data, tmp_path, often)
+    resumed = fit(tiny_model_path, tiny_data, tmp_path, [*often, "--ckpt_path", str(checkpoint_at(whole, 3))])
+    assert_same_ending(whole, resumed, 3)
+
+
+def test_a_limit_on_steps_resumes_exactly_and_one_that_lightning_would_miscount_is_refused(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "10", "--checkpoint.save_top_k", "-1"]
+    options += ["--pair_recorder.every_n_steps", "1"]
+    whole = fit(tiny_model_path, tiny_data, tmp_path, options)
+    resume = [*options, "--ckpt_path", str(checkpoint_at(whole, 8))]
+    resumed = fit(tiny_model_path, tiny_data, tmp_path, resume)
+    assert steps_of(resumed, "train/loss") == steps_of(whole, "train/loss")[8:]
+    assert_identical(last_state(whole)["state_dict"], last_state(resumed)["state_dict"])
+    with pytest.raises(ConfigError, match=r"max_steps=10 and trainer.max_epochs=2 are both set"):
+        fit(tiny_model_path, tiny_data, tmp_path, [*resume, "--trainer.max_epochs", "2"])
+
+
+def start(command: list[str], cache: Path) -> subprocess.Popen[str]:
+    """Start `python -m gamma_po` as a user would."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "gamma_po", *command], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> Path:
+    """Wait until a file appears."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found[0]
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    raise AssertionError(f"{pattern} never appeared")
+
+
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_ends_with_the_same_bits(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = [*LORA, "--trainer.max_epochs", "12", "--pair_recorder.every_n_steps", "1"]
+    command = ["fit", *arguments(tiny_model_path, tiny_data, tmp_path / "killed", options)]
+    process = start(command, tmp_path / "killed-cache")
+    wait_for("runs/run/*/pairs/step-000003.parquet", tmp_path / "killed", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    (killed,) = (tmp_path / "killed" / "runs" / "run").iterdir()
+    checkpoint = killed / "checkpoints" / "interrupted.ckpt"
+    assert process.returncode == 1
+    assert f"to continue, repeat the command with --ckpt_path {checkpoint}" in errors
+    assert "Traceback" not in errors
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert 3 <= step < 96 and steps_of(killed, "train/loss") == steps_of(killed, "train/loss")[:step]
+    whole = fit(tiny_model_path, tiny_data, tmp_path, options)
+    assert steps_of(killed, "train/loss") == steps_of(whole, "train/loss")[:step]
+    resumed = fit(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", str(checkpoint)])
+    assert_same_ending(whole, resumed, step)
+
+
+def test_ctrl_c_while_the_reference_is_scored_leaves_no_broken_cache(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    """Slowed down by a batch size of 1 on many pairs, so that the signal comes in the middle."""
+    rows = write_rows(tmp_path / "many.jsonl", tiny_rows(1200))
+    options = ["--data.train", str(rows), "--data.eval_batch_size", "1", "--trainer.max_steps", "2"]
+    options += ["--trainer.limit_val_batches", "0"]
+    process = start(["fit", *arguments(tiny_model_path, tiny_data, tmp_path, options)], tmp_path / "cache")
+    folder = tmp_path / "cache" / "gamma_po" / "reference"
+    wait_for("cache/gamma_po/reference", tmp_path, process)  # made when the scoring starts
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Traceback" not in errors
+    assert list(folder.iterdir()) == []
+    fit(tiny_model_path, tiny_data, tmp_path, ["--data.train", str(rows), "--trainer.max_steps", "2"])
+    assert len(list(folder.glob("*.safetensors"))) == 3  # the splits' files, whole
+
+
+@pytest.mark.parametrize("mode", [FULL, LORA], ids=["full", "lora"])
+def test_a_checkpoint_holds_plain_values_and_only_what_training_changes(
+    mode: list[str], tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = [*mode, "--model.reference", "copy"]  # the hardest case: the reference is in memory as weights
+    state = last_state(fit(tiny_model_path, tiny_data, tmp_path, options))  # loads with weights_only
+    names = list(state["state_dict"])
+    assert not any("reference" in name for name in names)
+    assert all(("lora_" in name) == bool(mode) for name in names) and names
+    number = sum(tensor.numel() for tensor in state["state_dict"].values())
+    widths = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32)}
+    widths |= {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
+    adapters = 2 * 4 * sum(sum(shape) for shape in widths.values())  # two layers, r = 4
+    assert number == (adapters if mode else 28832 + 320 * 32)  # the tied head is named twice

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gamma_po.data.dataset import Slot
+from gamma_po.data.dataset import Slot, collate
 from gamma_po.data.reference_cache import ReferenceKey, Score, cached_logps
+from gamma_po.layouts import LAYOUTS
 from gamma_po.losses import DPO, IPO, Loss, SimPO
 from gamma_po.margins import KL, Fixed, Margin, NoMargin
 from gamma_po.module import PreferenceModule
@@ -30,7 +32,7 @@ LORA = Lora(r=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
 
 
 def prepared(
-    path: str, source: str, loss: Loss, margin: Margin, lora: Lora | None, reference: str, cache: Path
+    path: str, source: str, loss: Loss, margin: Margin, lora: Lora | None, reference: str, cache: Path, layout: str
 ) -> tuple[PreferenceModule, PreferenceBatch, list[Any], torch.nn.Module]:
     """A module off its reference and a batch that carries what it needs; also the untouched float64 model."""
     module = PreferenceModule(ModelConfig(path=path), loss, margin, lora=lora, reference=reference)
@@ -41,17 +43,17 @@ def prepared(
         dataset.reference = cached_logps(
             dataset.pairs,
             lambda: _scoring(module),
-            key=ReferenceKey(module.reference.weights, "padded", "float32", "sdpa"),
+            key=ReferenceKey(module.reference.weights, layout, "float32", "sdpa"),
             folder=cache,
             ranks=Local(),
             batch_size=5,
-            pad_id=0,
+            collate=partial(collate, pad_id=0, layout=LAYOUTS[layout]),
             description="test",
         )
     untouched = module.policy.model.get_base_model() if lora else module.policy.model
     untouched = oracle.double(copy.deepcopy(untouched))
     perturb(module)
-    return module, batch_of(dataset, ROWS), [dataset[Slot(row)] for row in ROWS], untouched
+    return module, batch_of(dataset, ROWS, layout), [dataset[Slot(row)] for row in ROWS], untouched
 
 
 @contextmanager
@@ -113,12 +115,20 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("loss", "margin", "lora", "reference"), CASES)
 def test_loss_and_gradient_equal_the_naive_step(
-    loss: Loss, margin: Margin, lora: Lora | None, reference: str, tiny_model_path: str, tiny_data: dict, tmp_path: Path
+    loss: Loss,
+    margin: Margin,
+    lora: Lora | None,
+    reference: str,
+    layout: str,
+    tiny_model_path: str,
+    tiny_data: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     module, batch, examples, untouched = prepared(
-        tiny_model_path, tiny_data["train"], loss, margin, lora, reference, tmp_path
+        tiny_model_path, tiny_data["train"], loss, margin, lora, reference, tmp_path, layout
     )
     assert_same_step(our_step(module, batch), oracle_step(module, examples, untouched))
 

@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
 import gamma_po
 from gamma_po.data.loader import ResumableLoader, SequentialBatches, ShuffledBatches
-from gamma_po.errors import DataError
+from gamma_po.errors import ConfigError, DataError
 from gamma_po.files import write_bytes
-from gamma_po.layouts import padded
+from gamma_po.layouts import padded, padded_sequences, shared_prefix
 from gamma_po.logps import completion_token_logps
+from gamma_po.policies import CompletionScorer, check_layout
 from gamma_po.schedules import warmup_then
+from tests.tiny import tiny_model
 
 
 def test_every_doctest_holds() -> None:
@@ -34,7 +37,7 @@ def test_every_doctest_holds() -> None:
 def test_padded_predicts_each_completion_token_from_the_position_before_it() -> None:
     prompts = [torch.tensor([1, 2, 3]), torch.tensor([4])]
     completions = [torch.tensor([5]), torch.tensor([6, 7, 8, 9])]
-    rows = padded(prompts, completions, pad_id=0)
+    rows = padded_sequences(prompts, completions, pad_id=0)
     assert rows.input_ids.tolist() == [[1, 2, 3, 5, 0], [4, 6, 7, 8, 9]]
     assert rows.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert rows.predict_from.tolist() == [2, 5, 6, 7, 8]
@@ -42,6 +45,44 @@ def test_padded_predicts_each_completion_token_from_the_position_before_it() -> 
     assert rows.sequence.tolist() == [0, 1, 1, 1, 1] and rows.lengths.tolist() == [1, 4]
     flat = rows.input_ids.flatten()
     assert flat[rows.predict_from + 1].equal(rows.targets)
+
+
+def test_a_shared_prefix_row_lets_each_token_see_the_prompt_and_its_own_completion_only() -> None:
+    prompts, chosen, rejected = [torch.tensor([1, 2])], [torch.tensor([3, 4])], [torch.tensor([5])]
+    rows = shared_prefix(prompts, chosen, rejected, 0)
+    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 5]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    sees = [[i for i in range(5) if rows.attention_mask[0, 0, row, i]] for row in range(5)]
+    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
+    assert rows.predict_from.tolist() == [1, 2, 1] and rows.targets.tolist() == [3, 4, 5]
+    assert rows.sequence.tolist() == [0, 0, 1] and rows.lengths.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_layouts_give_the_same_log_probabilities_also_for_one_token_completions(attention: str) -> None:
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    scorer = CompletionScorer(model)
+    generator = torch.Generator().manual_seed(1)
+    draw = [
+        [torch.randint(3, 300, (int(n),), generator=generator) for n in torch.randint(1, 9, (7,), generator=generator)]
+        for _ in range(3)
+    ]
+    draw[1][0], draw[2][1], draw[1][2], draw[2][2] = (torch.tensor([9 + i]) for i in range(4))
+    values = [scorer.sequence_logps(layout(*draw, 0)) for layout in (padded, shared_prefix)]
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=2e-5)
+
+
+def test_a_layout_that_an_architecture_or_backend_cannot_do_is_refused_with_the_reason() -> None:
+    config = LlamaConfig()
+    check_layout("shared_prefix", config, "sdpa")
+    check_layout("padded", MistralConfig(sliding_window=6), "flash_attention_2")
+    with pytest.raises(ConfigError, match=r"shared_prefix does not work.*sliding window of 6.*allowed: padded"):
+        check_layout("shared_prefix", MistralConfig(sliding_window=6), "sdpa")
+    with pytest.raises(ConfigError, match=r"attention=flash_attention_2 takes no mask"):
+        check_layout("shared_prefix", config, "flash_attention_2")
+    with pytest.raises(ConfigError, match=r"layers of sliding_attention"):
+        check_layout("shared_prefix", Gemma2Config(), "sdpa")
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)])

@@ -395,9 +395,7 @@ def test_options_outside_their_range_are_refused_by_name(name: str, options: dic
 
 
 def test_an_unknown_margin_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(
-        ConfigError, match=r"unknown margin 'lk'; allowed: .*fixed, kl, .*none, reverse"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown margin 'lk'; allowed: .*fixed, kl, .*none, reverse"):
         build_margin("lk")
 
 

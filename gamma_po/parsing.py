@@ -1,0 +1,162 @@
+"""What the command line says about itself: what is allowed where something is not, and what must not pass silently."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gamma_po.errors import ConfigError
+from gamma_po.losses import LOSSES
+from gamma_po.margins import MARGINS
+from gamma_po.margins.maps import MapShape
+
+CLASS_KEY = re.compile(r"model\.(?:loss|margin)(?:\.(?:inner|shape))*")
+
+
+def class_names() -> dict[str, list[str]]:
+    """Return what may stand behind each injectable key."""
+    margins = [entry.__name__ for entry in MARGINS.values()]
+    return {
+        "loss": [entry.__name__ for entry in LOSSES.values()],
+        "margin": margins,
+        "inner": margins,
+        "shape": [entry.__name__ for entry in MapShape.__subclasses__()],
+    }
+
+
+# --- errors ---------------------------------------------------------------------------------------------------
+
+
+def explain(message: str, *, options: Sequence[str], of_class: type | None) -> str:
+    """Rewrite a parsing error so that it names the key, the value and what is allowed.
+
+    Args:
+        message: jsonargparse's.
+        options: the names that the failing parser knows, e.g. "model.loss" or, inside a class, "beta".
+        of_class: the loss, margin or other class whose options were being parsed.
+    """
+    owner = "" if of_class is None else f"{of_class.__name__}."
+    if found := re.search(r"^Option '([^']+)' is not accepted", message):
+        name = "this command" if of_class is None else of_class.__name__
+        return f"{name} does not use the option {found[1]!r}; {_allowed(found[1], options)}"
+    if found := re.search(r"does not accept option '([^']+)'", message):
+        return f"unknown key {found[1]!r}; {_allowed(found[1], options)}"
+    if found := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        unknown = [word.partition("=")[0][2:] for word in found[1].split() if word.startswith("--")]
+        return "\n".join(
+            [f"unrecognized arguments: {found[1]}", *(f"{key}: {_allowed(key, options)}" for key in unknown)]
+        )
+    if found := re.search(r'^Parser key "([^"]+)":(.*)', message, re.DOTALL):
+        return _explain_value(owner + found[1], found[2])
+    return message
+
+
+def _explain_value(key: str, problem: str) -> str:
+    unknown = re.search(r"Expected a dot import path string: (\S+)", problem)
+    names = class_names().get(key.rpartition(".")[2])
+    if unknown and names:
+        return f"{key}: unknown name {unknown[1]!r}; allowed: {', '.join(names)}"
+    if unknown:
+        return f"{key}: unknown name {unknown[1]!r}; allowed: the full name of a class, e.g. torch.optim.AdamW"
+    tidy = re.sub(r"<class '(\w+)'>", r"\1", " ".join(problem.split()))
+    return f"{key}: {tidy}" + (f"; allowed: {', '.join(names)}" if names else "")
+
+
+def _allowed(key: str, options: Sequence[str]) -> str:
+    """What stands beside a wrong key: the children of the longest part of it that is right."""
+    parts = key.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        prefix = ".".join([*parts[:depth], ""])
+        children = sorted({o.removeprefix(prefix).split(".")[0] for o in options if o.startswith(prefix)} - {"help"})
+        if children:
+            close = difflib.get_close_matches(parts[depth], children, n=1)
+            hint = f"did you mean {prefix}{close[0]}? " if close else ""
+            return f"{hint}allowed{f' in {prefix[:-1]}' if prefix else ''}: {', '.join(children)}"
+    return "it has no options"
+
+
+# --- options carried from one class to another ------------------------------------------------------------------
+
+
+def check_carried_options(arguments: Sequence[str]) -> None:
+    """Refuse a change of loss or margin that would silently keep options written for the other one.
+
+    Settings merge in their order, files as well as the command line. Where a later one names another class,
+    options of the same name stay: β of DPO would become β of SimPO.
+
+    Raises:
+        ConfigError: naming the option, both classes and how to say what is meant.
+    """
+    classes: dict[str, str] = {}
+    written: dict[tuple[str, str], tuple[str, Any]] = {}  # (key, option) -> for which class, value
+    for key, value in _settings(arguments):
+        found = CLASS_KEY.match(key)
+        if found is None:
+            continue
+        option = key[found.end() :].removeprefix(".")
+        if option:
+            written[found[0], option] = (classes.get(found[0], ""), value)
+        elif isinstance(value, str):
+            classes[found[0]] = value.rpartition(".")[2]
+    for (key, option), (before, value) in written.items():
+        now = classes.get(key, "")
+        fields = _fields(now)
+        if before and before != now and option in fields and _in_use(key, classes):
+            raise ConfigError(
+                f"{key} changes from {before} to {now}, and {option}={value}, which was written for {before}, would "
+                f"stay in force (default of {now}: {fields[option]}); say what you mean with --{key}.{option} VALUE"
+            )
+
+
+def _in_use(key: str, classes: dict[str, str]) -> bool:
+    """Whether the classes around a nested key still have it."""
+    parent, _, name = key.rpartition(".")
+    return parent == "model" or (name in _fields(classes.get(parent, "")) and _in_use(parent, classes))
+
+
+def _fields(name: str) -> dict[str, Any]:
+    """The options of a class with their defaults."""
+    for entry in [*LOSSES.values(), *MARGINS.values(), *MapShape.__subclasses__()]:
+        if entry.__name__ == name:
+            return {field.name: field.default for field in dataclasses.fields(entry)}
+    return {}
+
+
+def _settings(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(key, value) in the order in which they come into force."""
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, "")
+        if key == "config":
+            yield from _flat("", _mapping(Path(value)))
+        elif CLASS_KEY.match(key):
+            yield from _flat(key, yaml.safe_load(value) if value.startswith("{") else value)
+
+
+def _mapping(path: Path) -> Any:
+    """A configuration file's content; what is wrong with it is for the parser to say."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+
+
+def _flat(key: str, value: Any) -> Iterable[tuple[str, Any]]:
+    """Turn nested mappings into dotted keys; a class comes before its options."""
+    if not isinstance(value, dict):
+        return [(key, value)]
+    pairs: list[tuple[str, Any]] = []
+    for name, inner in sorted(value.items(), key=lambda item: item[0] != "class_path"):
+        own = key if name in ("class_path", "init_args") else f"{key}.{name}".removeprefix(".")
+        pairs += _flat(own, inner)
+    return pairs

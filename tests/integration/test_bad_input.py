@@ -1,0 +1,222 @@
+"""Wrong data and wrong configurations end with status 2 and one plain message that says what is allowed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gamma_po.cli import run as run_command
+from tests.runs import arguments, fit
+from tests.tiny import tiny_rows
+
+GOOD = tiny_rows(6)
+Fit = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Fit:
+    """Runs a tiny `fit` that must be refused; returns what it wrote to stderr, without progress bars."""
+
+    def refuse(*options: str, without: Sequence[str] = ()) -> str:
+        given = arguments(tiny_model_path, tiny_data, tmp_path, [])
+        for name in without:
+            place = given.index(name)
+            del given[place : place + 2]
+        try:
+            status = run_command(["fit", *given, *options])
+        except SystemExit as end:  # the parser's own errors
+            status = end.code
+        assert status == 2
+        lines = capsys.readouterr().err.splitlines()
+        messages = [line for line in lines if line.strip() and "Loading weights" not in line]
+        assert messages and messages[0].startswith("error: ") and "Traceback" not in "".join(messages)
+        assert not list(tmp_path.rglob("*.ckpt"))
+        return "\n".join(messages)
+
+    return refuse
+
+
+def write(path: Path, rows: Sequence[object]) -> str:
+    """Write rows as JSON lines, whatever they are."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+ROWS = {
+    "missing column": ({"prompt": "a", "chosen": "b"}, "no column 'rejected'; columns there: prompt, chosen"),
+    "empty completion": ({"prompt": "a", "chosen": "b", "rejected": " \n"}, "rejected is empty"),
+    "identical": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are identical"),
+    "number for text": ({"prompt": "a", "chosen": 3, "rejected": "b"}, "column 'chosen' must hold text"),
+    "not an object": (["a", "b", "c"], "a row must be an object with columns, found a list"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_that_cannot_be_used_is_named_with_its_file(case: str, refused: Fit, tmp_path: Path) -> None:
+    row, problem = ROWS[case]
+    file = write(tmp_path / "pairs.jsonl", [*GOOD, row, *GOOD])
+    message = refused("--data.train", file)
+    assert f"{file}, row 7 (line 7): " in message and problem in message
+
+
+def test_a_data_set_that_is_empty_after_filtering_is_refused(refused: Fit, tmp_path: Path) -> None:
+    same = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    file = write(tmp_path / "pairs.jsonl", [same] * 3)
+    message = refused("--data.train", file, "--data.invalid_rows", "drop")
+    assert f"{file}: no pair is left" in message and "3 × chosen and rejected are identical" in message
+
+
+LOSSES_OFFERED = "allowed: DPO,"
+MARGINS_OFFERED = "allowed: NoMargin, Fixed, KL"
+CONFIGURATIONS: dict[str, tuple[list[str], list[str]]] = {
+    "unknown loss": (["--model.loss", "DPOO"], ["model.loss", "'DPOO'", LOSSES_OFFERED, "SimPO"]),
+    "registry name": (["--model.loss", "simpo"], ["model.loss", "'simpo'", LOSSES_OFFERED, "SimPO"]),
+    "unknown margin": (["--model.margin", "KLL"], ["model.margin", "'KLL'", MARGINS_OFFERED]),
+    "unknown inner margin": (
+        ["--model.margin", "Reverse", "--model.margin.inner", "KLL"],
+        ["Reverse.inner", "'KLL'", MARGINS_OFFERED],
+    ),
+    "unknown shape": (
+        ["--model.margin", "Map", "--model.margin.shape", "Pieceweis"],
+        ["Map.shape", "'Pieceweis'", "Piecewise"],
+    ),
+    "option of another loss": (
+        ["--model.loss", "SimPO", "--model.loss.label_smoothing", "0.1"],
+        ["SimPO does not use the option 'label_smoothing'", "allowed: beta"],
+    ),
+    "option of another margin": (
+        ["--model.margin", "Fixed", "--model.margin.tau", "1"],
+        ["Fixed does not use the option 'tau'", "allowed: gamma"],
+    ),
+    "value of the wrong type": (["--model.loss.beta", "much"], ["DPO.beta", "float", "much"]),
+    "value out of range": (["--model.loss.beta", "-1"], ["dpo.beta=-1.0", "a number > 0"]),
+    "misspelt group": (["--modell.loss", "DPO"], ["--modell.loss", "did you mean model?"]),
+    "misspelt option": (["--data.batchsize", "4"], ["--data.batchsize", "did you mean data.batch_size?"]),
+    "no such model": (
+        ["--model.policy.path", "/no/such/model"],
+        ["'/no/such/model': no such folder", "hub name, folder, .gguf file, package:NAME"],
+    ),
+    "no such data": (["--data.train", "/no/such.jsonl"], ["/no/such.jsonl: no such file", ".parquet"]),
+    "no training data": (["--data.train", "null"], ["data.train is not set; `fit` needs it"]),
+    "no such checkpoint": (["--ckpt_path", "/no/such.ckpt"], ["ckpt_path='/no/such.ckpt': no such file"]),
+    "adapters off without lora": (
+        ["--model.reference", "adapters_off"],
+        ["model.reference=adapters_off needs model.lora", "allowed here: cached, copy"],
+    ),
+    "map margin with a copy": (
+        ["--model.margin", "Map", "--model.reference", "copy"],
+        ["margin map", "model.reference='copy'", "allowed: cached"],
+    ),
+    "unused reference model": (
+        ["--model.loss", "SimPO", "--model.reference_model.path", "/no/matter"],
+        ["model.reference_model is not used", "loss simpo", "margin kl"],
+    ),
+    "batch larger than the data": (["--data.batch_size", "64"], ["32 pairs", "64", "data.batch_size"]),
+    "impossible noise": (["--data.label_noise", "2"], ["data.label_noise=2.0", "[0, 1]"]),
+    "trainer option": (["--trainer.devices", "0"], ["devices"]),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGURATIONS)
+def test_a_wrong_configuration_is_named_with_what_is_allowed(case: str, refused: Fit) -> None:
+    options, expected = CONFIGURATIONS[case]
+    message = refused(*options)
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: {los: {class_path: DPO}}", ["'model.los", "did you mean model.loss?", "margin"]),
+        ("data: {batchsize: 3}", ["'data.batchsize'", "did you mean data.batch_size?"]),
+        ("model: {loss: {class_path: SimPO, init_args: {label_smoothing: 0.1}}}", ["SimPO", "'label_smoothing'"]),
+    ],
+)
+def test_a_misspelt_key_in_a_file_is_named(text: str, expected: list[str], refused: Fit, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    message = refused("--config", str(file))
+    for part in expected:
+        assert part in message
+
+
+def test_no_room_for_the_reference_cache_is_found_before_anything_is_scored(
+    refused: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**40, used=2**40, free=2**20))
+    monkeypatch.setattr("gamma_po.data.reference_cache._compute", None)  # calling it would be a TypeError
+    folder = tmp_path / "full"
+    message = refused("--data.cache_dir", str(folder))
+    assert f"data.cache_dir: {folder} has 1 MiB free" in message and "set data.cache_dir to another folder" in message
+
+
+DPO_FILE = "model: {loss: {class_path: DPO, init_args: {beta: 0.3}}, margin: {class_path: KL, init_args: {tau: 2}}}"
+NAMES = ("--model.loss", "--model.margin")
+
+
+def test_beta_written_for_one_loss_does_not_silently_pass_to_another(refused: Fit, tmp_path: Path) -> None:
+    """jsonargparse keeps options of the same name when the class changes: β = 0.3 of DPO would be SimPO's."""
+    file = tmp_path / "dpo.yaml"
+    file.write_text(DPO_FILE)
+    message = refused("--config", str(file), "--model.loss", "SimPO", without=NAMES)
+    for part in ("from DPO to SimPO", "beta=0.3", "default of SimPO: 2.0", "--model.loss.beta VALUE"):
+        assert part in message
+    second = tmp_path / "simpo.yaml"
+    second.write_text("model: {loss: {class_path: gamma_po.losses.SimPO}}")
+    assert "from DPO to SimPO" in refused("--config", str(file), "--config", str(second), without=NAMES)
+
+
+def test_a_change_of_loss_or_margin_that_carries_nothing_over_is_allowed(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "dpo.yaml"
+    file.write_text(DPO_FILE)
+    given = arguments(tiny_model_path, tiny_data, tmp_path, ["--config", str(file)])
+    for name in NAMES:
+        place = given.index(name)
+        del given[place : place + 2]
+    given += [
+        "--model.loss",
+        "SimPO",
+        "--model.loss.beta",
+        "1.5",
+        "--model.margin",
+        "Fixed",
+        "--trainer.max_steps",
+        "1",
+    ]
+    assert run_command(["fit", *given]) == 0
+    (record,) = (tmp_path / "runs" / "run").glob("*/config.yaml")
+    assert "beta: 1.5" in record.read_text() and "tau" not in record.read_text()
+
+
+def test_a_checkpoint_of_another_method_is_refused_and_of_the_same_accepted(
+    refused: Fit, tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    """Lightning would replace the given settings by the checkpoint's without a word."""
+    kept = tmp_path.parent / f"{tmp_path.name}-checkpoint"
+    options = ["--model.lora.r", "4", "--model.loss.beta", "0.3"]
+    often = ["--checkpoint.every_n_train_steps", "3", "--checkpoint.save_top_k", "-1"]
+    folder = fit(tiny_model_path, tiny_data, tmp_path, [*options, *often])
+    shutil.copytree(folder / "checkpoints", kept)
+    shutil.rmtree(tmp_path / "runs")
+    checkpoint = str(kept / "epoch=0-step=3.ckpt")
+    given = [*options, "--ckpt_path", checkpoint]
+    for changed, named in {
+        ("--model.loss.beta", "0.1"): "model.loss.beta: 0.3 in the checkpoint, 0.1 here",
+        ("--model.loss", "IPO"): "model.loss.class_path: DPO in the checkpoint, IPO here",
+        ("--model.margin", "NoMargin"): "model.margin.class_path: KL in the checkpoint, NoMargin here",
+        ("--model.lora.r", "8"): "model.lora.r: 4 in the checkpoint, 8 here",
+        ("--model.optimizer.lr", "0.1"): "model.optimizer.lr: 0.003 in the checkpoint, 0.1 here",
+        ("--seed_everything", "3"): "model.seed: 0 in the checkpoint, 3 here",
+    }.items():
+        carried = ["--model.loss.beta", "0.3"] if changed[0] == "--model.loss" else []
+        assert named in refused(*given, *changed, *carried)
+    assert "batch_size=4, this run has batch_size=8" in refused(*given, "--data.batch_size", "8")
+    fit(tiny_model_path, tiny_data, tmp_path, given)

@@ -1,0 +1,241 @@
+"""The public API, as notebooks and other programs use it, and frozen.
+
+A failure of a `frozen` test means that a name, an option, a default or a signature has changed under its users.
+If that is intended, change the table here in the same commit and say so in the release notes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+
+import mpmath
+import pytest
+import torch
+
+import gamma_po.losses
+import gamma_po.margins
+import gamma_po.presets
+import gamma_po.types
+from gamma_po.losses import LOSSES, Loss, build_loss
+from gamma_po.margins import MARGINS, Margin, build_margin, solve_kl_margins
+from gamma_po.margins.maps import MapShape
+from gamma_po.ranks import Local
+from gamma_po.tables import preset_table, registry_table
+from gamma_po.types import Evidence, PairLogps
+
+TOLERANCE = 1e-9  # float64 against 30 digits
+
+LOSS_OPTIONS = {
+    "dpo": "beta=0.1, label_smoothing=0.0",
+    "robust_dpo": "beta=0.1, label_smoothing=0.1",
+    "simpo": "beta=2.0",
+    "dpo_norm": "beta=5.0",
+    "ipo": "beta=0.1, length_norm=True",
+    "hinge": "beta=0.1",
+    "kto_pair": "beta=0.1",
+    "cpo": "beta=0.1, sft_weight=1.0",
+    "orpo": "odds_ratio_weight=0.1",
+    "rdpo": "beta=0.1, alpha=0.01",
+    "exo_pair": "beta=0.1, label_smoothing=0.001",
+    "nca_pair": "beta=0.1",
+    "bco_pair": "beta=0.1, shift='none'",
+    "sppo_hard": "beta=0.1",
+    "apo_zero": "beta=0.1",
+    "apo_down": "beta=0.1",
+    "aot": "beta=0.1, label_smoothing=0.0",
+    "aot_unpaired": "beta=0.1, label_smoothing=0.0",
+    "discopop": "beta=0.1, tau=0.05",
+    "dpop": "beta=0.3, penalty=50.0",
+    "sft": "",
+    "with_sft": "loss, sft_weight=1.0",
+    "weighted_sum": "losses=(DPO(beta=0.1, label_smoothing=0.0), BCOPair(beta=0.1, shift='none'), SFT()), "
+    "weights=(0.8, 0.2, 1.0)",
+}
+KL_DEFAULT = "KL(gamma0=1.0, tau=1.0, center=None, history=256)"
+MARGIN_OPTIONS = {
+    "none": "",
+    "fixed": "gamma=1.0",
+    "kl": "gamma0=1.0, tau=1.0, center=None, history=256",
+    "kl_dual": "gamma0=1.0, tau=1.0, center=None, window=512",
+    "kl_authors": "gamma0=1.0, tau=1.0, center=None, sample=256, memory=2048, seed=0",
+    "map": "shape=Piecewise(k1=0.1, k2=0.5, t0=0.0, t1=1.0), standardize='robust_z', length_norm=False, budget=None",
+    "column": "scale=1.0, transform='identity'",
+    "alpha_dpo": "gamma0=1.0, alpha=0.1, beta=2.0, decay=0.9",
+    "amapo": "beta=1.0",
+    "reverse": f"inner={KL_DEFAULT}",
+    "shuffled": f"inner={KL_DEFAULT}, seed=0",
+}
+SHAPE_OPTIONS = {
+    "Linear": "g0=0.5, k=0.25",
+    "ClippedLinear": "gmax=1.0, low=0.0, high=2.0",
+    "Piecewise": "k1=0.1, k2=0.5, t0=0.0, t1=1.0",
+    "Softplus": "k=0.5, sharpness=4.0, threshold=1.0",
+    "Sigmoid": "gmax=1.0, threshold=1.0, temperature=0.25",
+    "Power": "k=0.2, threshold=0.0, p=2.0",
+    "Exp": "k=0.15, threshold=0.0, cap=2.5",
+}
+TYPE_FIELDS = {
+    "PairLogps": "chosen rejected chosen_length rejected_length",
+    "Evidence": "policy reference column",
+    "PairRewards": "chosen rejected",
+    "LossOutput": "loss per_pair rewards target_margin gradient_weight evidence",
+}
+MODEL_SIDE = {"ModelInput", "PreferenceBatch"}  # named, but their fields belong to the language model's side
+EXPORTS = {
+    gamma_po.losses: "AOT CPO DPO DPOP IPO LOSSES ORPO RDPO SFT AOTUnpaired APODown APOZero BCOPair DPONorm DiscoPOP "
+    "EXOPair Hinge KTOPair Loss NCAPair PairwiseLoss RobustDPO SPPOHard SimPO TwoSidedLoss WeightedSum WithSFT "
+    "build_loss gradient_weight require_margin_fits",
+    gamma_po.margins: "KL MARGINS AMaPO AlphaDPO Column Fixed KLAuthors KLDual Map Margin NoMargin PoolMargin Reverse "
+    "Shuffled build_margin mirror_descent_margins solve_kl_margins",
+}
+SIGNATURES = {
+    build_loss: "(name: 'str', **options: 'Any') -> 'Loss'",
+    build_margin: "(name: 'str', **options: 'Any') -> 'Margin'",
+    solve_kl_margins: "(reward_margin: 'Tensor', *, gamma0: 'float', tau: 'float') -> 'Tensor'",
+    gamma_po.margins.mirror_descent_margins: "(reward_margin: 'Tensor', *, gamma0: 'float', tau: 'float', "
+    "steps: 'int' = 20) -> 'Tensor'",
+    gamma_po.losses.gradient_weight: "(loss: 'Loss', evidence: 'Evidence', target_margin: 'Tensor', "
+    "ranks: 'Ranks | None' = None) -> 'Tensor'",
+    gamma_po.presets.preset: "(name: 'str') -> 'Preset'",
+    Loss.__call__: "(self, evidence: 'Evidence', target_margin: 'Tensor', ranks: 'Ranks | None' = None) -> 'Tensor'",
+    Margin.__call__: "(self, reward_margin: 'Tensor', evidence: 'Evidence', state: 'Any', "
+    "ranks: 'Ranks | None' = None) -> 'tuple[Tensor, Any]'",
+    Margin.init: "(self) -> 'Any'",
+    Margin.fit: "(self, reference: 'PairLogps') -> 'Any'",
+}
+
+
+def options_of(entry: type) -> str:
+    """`name=default` of every field, the name alone where it is required."""
+    parts = []
+    for field in dataclasses.fields(entry):
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        parts.append(field.name if default is dataclasses.MISSING else f"{field.name}={default!r}")
+    return ", ".join(parts)
+
+
+def public_names(module: object) -> set[str]:
+    """What a module itself defines without an underscore."""
+    return {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__} - {
+        name for name in vars(module) if name.startswith("_")
+    }
+
+
+def double(*values: float) -> torch.Tensor:
+    """A float64 vector."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def solve_two_pairs(h: tuple[float, float], gamma0: float, tau: float) -> list[float]:
+    """γ of a pool of two by root finding with 30 digits: γ_2 = 2γ0 - γ_1, and equal marginal costs."""
+
+    def imbalance(gamma: mpmath.mpf) -> mpmath.mpf:
+        other = 2 * gamma0 - gamma
+        sigmoids = 1 / (1 + mpmath.exp(h[0] - gamma)) - 1 / (1 + mpmath.exp(h[1] - other))
+        return gamma0 * sigmoids + tau * mpmath.log(gamma / other)
+
+    with mpmath.workdps(30):
+        first = mpmath.findroot(imbalance, (gamma0 * 1e-6, gamma0 * (2 - 1e-6)), solver="anderson")
+        return [float(first), float(2 * gamma0 - first)]
+
+
+def test_the_snippet_of_the_documentation_runs_and_gives_independently_derived_numbers() -> None:
+    chosen, rejected = double(-10.0, -40.0).requires_grad_(), double(-14.0, -20.0).requires_grad_()
+    reference = PairLogps(double(-11.0, -30.0).requires_grad_(), double(-13.0, -25.0), double(4, 9), double(5, 3))
+    chosen_length, rejected_length = double(4, 9), double(5, 3)
+
+    evidence = Evidence(policy=PairLogps(chosen, rejected, chosen_length, rejected_length), reference=reference)
+    reward_margin = double(0.2, -1.5)  # 0.1 ((-10 + 11) - (-14 + 13)), 0.1 ((-40 + 30) - (-20 + 25))
+    margin = build_margin("kl", gamma0=1.0, tau=0.3, center=True)
+    target_margin, state = margin(reward_margin, evidence, margin.init())
+    loss = build_loss("dpo", beta=0.1)
+    per_pair = loss(evidence, target_margin)
+
+    absolute = solve_two_pairs((0.2, -1.5), 1.0, 0.3)
+    assert solve_kl_margins(reward_margin, gamma0=1.0, tau=0.3).tolist() == pytest.approx(absolute, abs=TOLERANCE)
+    assert target_margin.tolist() == pytest.approx([gamma - 1 for gamma in absolute], abs=TOLERANCE)
+    assert state.reward_margin.tolist() == [0.2, -1.5]
+    assert loss.rewards(evidence).margin.tolist() == pytest.approx([0.2, -1.5], abs=TOLERANCE)
+    excess = [0.2 - (absolute[0] - 1), -1.5 - (absolute[1] - 1)]
+    expected = [math.log(1 + math.exp(-x)) for x in excess]
+    assert per_pair.tolist() == pytest.approx(expected, abs=TOLERANCE)
+
+    per_pair.sum().backward()
+    pull = [0.1 / (1 + math.exp(x)) for x in excess]
+    assert chosen.grad.tolist() == pytest.approx([-weight for weight in pull], abs=TOLERANCE)
+    assert rejected.grad.tolist() == pytest.approx(pull, abs=TOLERANCE)
+    assert reference.chosen.grad is None and not target_margin.requires_grad
+
+
+def test_evidence_and_log_probabilities_accept_positional_fields() -> None:
+    logps = PairLogps(double(-2.0), double(-3.0), double(2), double(4))
+    assert Evidence(logps) == Evidence(policy=logps, reference=None, column=None)
+    assert Evidence(logps, None, double(7.0)).column.item() == 7.0
+    assert (logps.margin.item(), logps.mean_chosen.item(), logps.mean_rejected.item()) == (1.0, -1.0, -0.75)
+
+
+def test_without_ranks_both_calls_are_those_of_one_process() -> None:
+    evidence = Evidence(*[PairLogps(double(-2.0, -1.0), double(-3.0, -5.0), double(2, 1), double(4, 3))] * 2)
+    margin = build_margin("kl", center=False)
+    plain, given = (margin(double(0.5, -0.5), evidence, margin.init(), *ranks)[0] for ranks in ((), (Local(),)))
+    assert torch.equal(plain, given)
+    loss = build_loss("kto_pair")
+    assert torch.equal(loss(evidence, plain), loss(evidence, plain, Local()))
+
+
+@pytest.mark.parametrize(
+    ("registry", "frozen"),
+    [
+        (LOSSES, LOSS_OPTIONS),
+        (MARGINS, MARGIN_OPTIONS),
+        ({shape.__name__: shape for shape in MapShape.__subclasses__()}, SHAPE_OPTIONS),
+    ],
+    ids=["losses", "margins", "shapes"],
+)
+def test_frozen_names_options_and_defaults(registry: dict[str, type], frozen: dict[str, str]) -> None:
+    assert {name: options_of(entry) for name, entry in registry.items()} == frozen
+
+
+def test_frozen_every_option_is_given_by_keyword_and_nothing_built_can_be_changed() -> None:
+    for entry in (*LOSSES.values(), *MARGINS.values(), *MapShape.__subclasses__()):
+        parameters = inspect.signature(entry).parameters.values()
+        assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters)
+        assert entry.__dataclass_params__.frozen
+
+
+def test_frozen_exports() -> None:
+    for module, names in EXPORTS.items():
+        assert set(module.__all__) == set(names.split())
+        assert all(hasattr(module, name) for name in module.__all__)
+    assert public_names(gamma_po.types) == set(TYPE_FIELDS) | MODEL_SIDE
+    assert public_names(gamma_po.presets) == {"Preset", "preset"} and "PRESETS" in vars(gamma_po.presets)
+
+
+def test_frozen_fields_of_the_types_in_their_order() -> None:
+    for name, frozen in TYPE_FIELDS.items():
+        assert getattr(gamma_po.types, name)._fields == tuple(frozen.split())
+
+
+def test_frozen_signatures() -> None:
+    for function, frozen in SIGNATURES.items():
+        assert str(inspect.signature(function)) == frozen
+
+
+@pytest.mark.parametrize(("command", "registry"), [("losses", LOSS_OPTIONS), ("margins", MARGIN_OPTIONS)])
+def test_the_printed_tables_have_every_name_and_the_frozen_defaults(command: str, registry: dict[str, str]) -> None:
+    table = registry_table(command)
+    names, options = ([cell.plain for cell in table.columns[column].cells] for column in (0, 3))
+    assert names == list(registry)
+    for printed, frozen in zip(options, registry.values(), strict=True):
+        assert printed.replace(" = required", "").replace(" = ", "=") == (frozen or "-")
+
+
+def test_the_presets_table_prints_loss_and_margin_of_every_preset() -> None:
+    rows = zip(*([cell.plain for cell in column.cells] for column in preset_table().columns), strict=True)
+    assert [row[0] for row in rows] == list(gamma_po.presets.PRESETS)
+    assert "KL(gamma0=4.0, tau=10.0, center=False, history=256)" in [
+        cell.plain for cell in preset_table().columns[2].cells
+    ]
