@@ -77,7 +77,7 @@ class PreferenceCLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=None,
-            trainer_defaults={"use_distributed_sampler": False, "callbacks": []},
+            trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False, "callbacks": []},
             **kwargs,
         )
 
@@ -96,6 +96,9 @@ class PreferenceCLI(LightningCLI):
         if isinstance(words, list):
             check_carried_options(words)
         super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        if command and self.config[command]["weights_only"] is None:
+            self.config[command]["weights_only"] = True  # a checkpoint from elsewhere must not run code
 
     def _parse_ckpt_path(self) -> None:
         """Check the settings against the checkpoint's; Lightning would overwrite them with the checkpoint's."""

@@ -256,6 +256,8 @@ class PreferenceModule(LightningModule):
             for split, dataset in datamodule.datasets.items():
                 self.attach_reference(dataset, split)
         if self.margin.needs_fit and self.trainer.ckpt_path is None:
+            if datamodule is None:
+                raise ConfigError(f"the margin {self.margin.name} is fitted on the training split: use PreferenceDataModule")
             self.margin_state = self.margin.fit(datamodule.datasets["train"].labelled_reference())
 
     def on_train_start(self) -> None:

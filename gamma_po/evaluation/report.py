@@ -22,6 +22,7 @@ class PairReport(NamedTuple):
     num_pairs: int
     accuracy_reference: Estimate | None  # share with log π_ref(chosen) > log π_ref(rejected)
     accuracy_policy: Estimate
+    accuracy_gain: Estimate | None  # policy minus reference, pair by pair: much tighter than the two intervals
     reward_accuracy: Estimate  # share with a positive implicit reward margin, ties 1/2
     reward_margin: Estimate
 
@@ -37,11 +38,14 @@ def pair_report(table: dict[str, Tensor], prompts: Sequence[Any]) -> PairReport:
     clusters = torch.tensor([numbers.setdefault(repr(prompt), len(numbers)) for prompt in prompts])
     table = {name: values.cpu() for name, values in table.items()}
     margin = table["rewards_chosen"] - table["rewards_rejected"]
-    reference = table["reference_logps_chosen"] - table["reference_logps_rejected"]
+    reference = preferred(table["reference_logps_chosen"] - table["reference_logps_rejected"])
+    policy = preferred(table["logps_chosen"] - table["logps_rejected"])
+    known = not bool(reference.isnan().any())
     return PairReport(
         num_pairs=len(margin),
-        accuracy_reference=None if reference.isnan().any() else clustered_share(preferred(reference), clusters),
-        accuracy_policy=clustered_share(preferred(table["logps_chosen"] - table["logps_rejected"]), clusters),
+        accuracy_reference=clustered_share(reference, clusters) if known else None,
+        accuracy_policy=clustered_share(policy, clusters),
+        accuracy_gain=clustered_mean(policy - reference, clusters) if known else None,
         reward_accuracy=clustered_share(preferred(margin), clusters),
         reward_margin=clustered_mean(margin, clusters),
     )
@@ -61,6 +65,7 @@ def report_table(pairs: PairReport, samples: Comparison | None, num_prompts: int
         table.add_column(column)
     rows: list[tuple[str, Any, Any]] = [
         (f"pair accuracy, {pairs.num_pairs} clean pairs", pairs.accuracy_reference, pairs.accuracy_policy),
+        ("its gain, pair by pair", None, pairs.accuracy_gain),
         ("implicit-reward accuracy", "0.500 (definition)" if starts_at_zero else None, pairs.reward_accuracy),
         ("reward margin", "0 (definition)" if starts_at_zero else None, pairs.reward_margin),
     ]

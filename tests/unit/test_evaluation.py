@@ -68,7 +68,8 @@ def test_the_report_has_the_metrics_with_intervals_and_is_json() -> None:
     again = json.loads(json.dumps(as_json(report)))
     assert again["reward_accuracy"]["mean"] == 0.625
     table = report_table(report, None, 0, starts_at_zero=True)
-    assert table.row_count == 3
+    assert table.row_count == 4
+    assert report.accuracy_gain.mean == pytest.approx(0.375 - 0.125)
 
 
 def test_preferred_counts_ties_half() -> None:
