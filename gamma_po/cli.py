@@ -24,7 +24,7 @@ from gamma_po.checkpoints import check_end_of_training, check_same_settings
 from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.module import PreferenceModule
-from gamma_po.parsing import check_carried_options, explain
+from gamma_po.parsing import SEEDS, check_carried_options, explain
 from gamma_po.rundirs import RunDirectory
 
 CALLBACKS = {
@@ -44,6 +44,9 @@ class Parser(LightningArgumentParser):
     """A parser whose errors say what is allowed."""
 
     of_class: type | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """Remember whose options these are, where the whole parser is for one class."""
@@ -75,11 +78,14 @@ class PreferenceCLI(LightningCLI):
             args=args,
             parser_class=Parser,
             auto_configure_optimizers=False,
-            seed_everything_default=0,
             save_config_callback=None,
             trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False, "callbacks": []},
             **kwargs,
         )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed: a number, where Lightning's own option also takes true (any seed) and false (none)."""
+        parser.add_argument("--seed_everything", type=int, default=0, help=f"Seed of the run: {SEEDS}.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run directory, the callbacks every run has, and give module and data the run's seed."""
@@ -88,7 +94,7 @@ class PreferenceCLI(LightningCLI):
             parser.add_lightning_class_args(callback, key)
         parser.set_defaults({"checkpoint.save_last": True})
         for target in ("model.seed", "data.seed"):
-            parser.link_arguments("seed_everything", target, compute_fn=int)
+            parser.link_arguments("seed_everything", target)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, unless options of one loss or margin would silently pass to another."""
@@ -97,6 +103,9 @@ class PreferenceCLI(LightningCLI):
             check_carried_options(words)
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
+        seed = self.config[command]["seed_everything"] if command else 0
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"seed_everything={seed}: give {SEEDS}")
         if command and self.config[command]["weights_only"] is None:
             self.config[command]["weights_only"] = True  # a checkpoint from elsewhere must not run code
 
@@ -118,14 +127,21 @@ class PreferenceCLI(LightningCLI):
                 check_end_of_training(checkpoint, max_steps=limits["max_steps"], max_epochs=limits["max_epochs"])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Give the run its directory, and CSV and TensorBoard logs in it unless a logger is configured."""
+        """Give the run its directory, with a CSV log in it, and a TensorBoard log unless a logger is configured.
+
+        The CSV log comes first: `trainer.log_dir` is the first logger's folder, and other loggers share theirs.
+        """
         configured = self._get(self.config_init, "trainer")
-        if configured["logger"] in (None, True):
-            folder = self._run_folder()
-            place = {"save_dir": folder.parent, "name": "", "version": folder.name}
-            kwargs["logger"] = [CSVLogger(**place, flush_logs_every_n_steps=10), TensorBoardLogger(**place)]
-        elif configured["logger"] is False and configured["default_root_dir"] is None:
-            kwargs["default_root_dir"] = self._run_folder()
+        chosen = configured["logger"]
+        if chosen is False:
+            if configured["default_root_dir"] is None:
+                kwargs["default_root_dir"] = self._run_folder()
+            return super().instantiate_trainer(**kwargs)
+        folder = self._run_folder()
+        place = {"save_dir": folder.parent, "name": "", "version": folder.name}
+        others = [TensorBoardLogger(**place)] if chosen in (None, True) else chosen
+        others = others if isinstance(others, list) else [others]
+        kwargs["logger"] = [CSVLogger(**place, flush_logs_every_n_steps=10), *others]
         return super().instantiate_trainer(**kwargs)
 
     def _run_folder(self) -> Path:
@@ -140,7 +156,7 @@ class PreferenceCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = [
             RunRecord(
                 config=parser.dump(config, skip_link_targets=True, skip_unset=False),
-                seed=int(config["seed_everything"]),
+                seed=config["seed_everything"],
             ),
             StopBetweenSteps(),
             *([PredictionWriter()] if self.subcommand == "predict" else []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -118,7 +119,7 @@ class PreferenceModule(LightningModule):
         layout = getattr(getattr(self._trainer, "datamodule", None), "layout", "padded")
         check_layout(layout, model.config, self.policy_config.attention)
         if self.reference is not None:
-            self.reference.load(model)
+            self.reference.load(model, layout)
         if self.lora is not None:
             model = attach_lora(model, self.lora, seed=self.seed)
         if self.gradient_checkpointing:
@@ -129,8 +130,10 @@ class PreferenceModule(LightningModule):
         """The given optimizer over what is trainable, with warm-up and schedule per step."""
         assert self.policy is not None
         optimizer = self.optimizer_factory([p for p in self.policy.parameters() if p.requires_grad])
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        factor = warmup_then(self.schedule, total_steps=total_steps, warmup_ratio=self.warmup_ratio)
+        total_steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total_steps):
+            raise ConfigError("the schedule needs a known number of steps: set trainer.max_steps or trainer.max_epochs")
+        factor = warmup_then(self.schedule, total_steps=int(total_steps), warmup_ratio=self.warmup_ratio)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
@@ -152,6 +155,7 @@ class PreferenceModule(LightningModule):
         if not self.training:
             evidence = _select(evidence, batch.weight > 0)
         rewards = self.loss.rewards(evidence)
+        check_finite(rewards.margin, batch, self.global_step if self._trainer is not None else 0)
         state = state_to_device(state, self.device)
         target_margin, state = self.margin(rewards.margin.detach(), evidence, state, self.ranks)
         per_pair = self.loss(evidence, target_margin, self.ranks)
@@ -257,7 +261,9 @@ class PreferenceModule(LightningModule):
                 self.attach_reference(dataset, split)
         if self.margin.needs_fit and self.trainer.ckpt_path is None:
             if datamodule is None:
-                raise ConfigError(f"the margin {self.margin.name} is fitted on the training split: use PreferenceDataModule")
+                raise ConfigError(
+                    f"the margin {self.margin.name} is fitted on the training split: use PreferenceDataModule"
+                )
             self.margin_state = self.margin.fit(datamodule.datasets["train"].labelled_reference())
 
     def on_train_start(self) -> None:
@@ -307,15 +313,31 @@ def check_reference_is_used(
         ConfigError: naming both sides.
     """
     needed = loss.needs_reference or margin.needs_reference
-    if reference_model is not None and not needed:
+    unused = "model.reference_model" if reference_model is not None else f"model.reference={source}"
+    if not needed and (reference_model is not None or source != "cached"):
         raise ConfigError(
-            f"model.reference_model is not used: neither the loss {loss.name} nor the margin {margin.name} reads a "
-            "reference"
+            f"{unused} is not used: neither the loss {loss.name} nor the margin {margin.name} reads a reference"
         )
     if margin.needs_fit and source != "cached":
         raise ConfigError(
             f"the margin {margin.name} reads the reference's margins of the whole training split before training; "
             f"model.reference={source!r} does not compute them; allowed: cached"
+        )
+
+
+def check_finite(reward_margin: Tensor, batch: PreferenceBatch, step: int) -> None:
+    """Stop before a margin or the optimizer meets a NaN or an infinity.
+
+    Raises:
+        FloatingPointError: naming the step and the rows of the data.
+    """
+    finite = torch.isfinite(reward_margin)
+    if not bool(finite.all()):
+        rows = batch.index[batch.weight > 0][~finite].tolist()
+        raise FloatingPointError(
+            f"step {step}: the reward margin is not finite for the pairs in rows {rows[:8]} of the split. The weights "
+            "are those of the step before. Look at these rows with `predict`; try a lower learning rate, a smaller "
+            "beta, gradient clipping (trainer.gradient_clip_val), or float32 (trainer.precision 32-true)"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from gamma_po.losses import LOSSES
 from gamma_po.margins import MARGINS
 from gamma_po.margins.maps import MapShape
 
+SEEDS = "an integer, 0 <= seed_everything < 2**32"
+NESTING = ("class_path", "init_args")
 CLASS_KEY = re.compile(r"model\.(?:loss|margin)(?:\.(?:inner|shape))*")
 
 
@@ -52,6 +54,8 @@ def explain(message: str, *, options: Sequence[str], of_class: type | None) -> s
         return "\n".join(
             [f"unrecognized arguments: {found[1]}", *(f"{key}: {_allowed(key, options)}" for key in unknown)]
         )
+    if found := re.search(r'^Parser key "seed_everything":.*Given value: (.*)', message, re.DOTALL):
+        return f"seed_everything={found[1].strip()}: give {SEEDS}"
     if found := re.search(r'^Parser key "([^"]+)":(.*)', message, re.DOTALL):
         return _explain_value(owner + found[1], found[2])
     return message
@@ -130,33 +134,48 @@ def _fields(name: str) -> dict[str, Any]:
 
 def _settings(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(key, value) in the order in which they come into force."""
-    words = iter(arguments)
-    for word in words:
-        if not word.startswith("--"):
+    for place, word in enumerate(arguments):
+        following = arguments[place + 1] if place + 1 < len(arguments) else ""
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            value = value if equals else following
+        elif word.startswith("-c"):
+            key, value = "config", word[2:].removeprefix("=") or following
+        else:
             continue
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            value = next(words, "")
         if key == "config":
-            yield from _flat("", _mapping(Path(value)))
-        elif CLASS_KEY.match(key):
-            yield from _flat(key, yaml.safe_load(value) if value.startswith("{") else value)
+            yield from _flat("", _content(value, Path()))
+        elif key == "model" or CLASS_KEY.match(key):
+            plain = ".".join(part for part in key.split(".") if part not in NESTING)
+            yield from _flat(plain, _content(value, Path()) if _takes_mapping(plain) else (value, Path()))
 
 
-def _mapping(path: Path) -> Any:
-    """A configuration file's content; what is wrong with it is for the parser to say."""
+def _takes_mapping(key: str) -> bool:
+    """Whether a file or a mapping may stand where the value of `key` is expected."""
+    return key in ("", "model") or CLASS_KEY.fullmatch(key) is not None
+
+
+def _content(value: str, folder: Path) -> tuple[Any, Path]:
+    """What a file's name or a text in braces stands for, and the folder from which names in it are read.
+
+    What is wrong with a file is for the parser to say.
+    """
+    path = folder / value
     try:
-        return yaml.safe_load(path.read_text())
+        if value.lstrip().startswith("{"):
+            return yaml.safe_load(value), folder
+        return (yaml.safe_load(path.read_text()), path.parent) if path.is_file() else (value, folder)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
+        return {}, folder
 
 
-def _flat(key: str, value: Any) -> Iterable[tuple[str, Any]]:
-    """Turn nested mappings into dotted keys; a class comes before its options."""
+def _flat(key: str, content: tuple[Any, Path]) -> Iterator[tuple[str, Any]]:
+    """Turn nested mappings, and files named in them, into dotted keys; a class comes before its options."""
+    value, folder = content
     if not isinstance(value, dict):
-        return [(key, value)]
-    pairs: list[tuple[str, Any]] = []
+        yield key, value
+        return
     for name, inner in sorted(value.items(), key=lambda item: item[0] != "class_path"):
-        own = key if name in ("class_path", "init_args") else f"{key}.{name}".removeprefix(".")
-        pairs += _flat(own, inner)
-    return pairs
+        own = key if name in NESTING else f"{key}.{name}".removeprefix(".")
+        is_name = isinstance(inner, str) and name != "class_path" and _takes_mapping(own)
+        yield from _flat(own, _content(inner, folder) if is_name else (inner, folder))

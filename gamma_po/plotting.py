@@ -6,7 +6,7 @@ Colours are Okabe and Ito's, distinct for colour-blind readers.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from gamma_po.files import write_bytes
 
 Series = Sequence[Sequence[float]]  # points (optimizer step, value)
 
@@ -105,10 +107,9 @@ def histogram_over_time_figure(panels: Mapping[str, Sequence[HistogramRow]], *, 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` as PNG so that `path` is either absent, as it was, or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_bytes(path, buffer.getvalue())
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:

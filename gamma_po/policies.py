@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +24,11 @@ from transformers import (
 
 from gamma_po.errors import ConfigError, require
 from gamma_po.logps import completion_token_logps
+from gamma_po.packages import PACKAGE_PREFIX, package_file
+from gamma_po.rundirs import free_path
 from gamma_po.types import ModelInput, PairLogps
 
-PACKAGE_PREFIX = "package:"
+LOAD_ERRORS = (OSError, ImportError, ValueError)  # not there; a package is missing; architecture or its code refused
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,39 +75,13 @@ class ModelConfig:
     trust_remote_code: bool = False
 
 
-def resolve_package_path(path: str, suffix: str) -> Path:
-    """Return the file that `package:NAME` or `package:NAME/inner/file` points to.
-
-    Args:
-        path: `package:NAME` (the package must hold exactly one file ending in `suffix`) or
-            `package:NAME/inner/file`.
-        suffix: e.g. ".gguf".
-
-    Raises:
-        ConfigError: the package is not installed, or the file is not in it.
-    """
-    name, _, inner = path.removeprefix(PACKAGE_PREFIX).partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{path}: no package {name!r} is installed; install it or give a folder or hub name")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    if inner:
-        if not (folder / inner).is_file():
-            raise ConfigError(f"{path}: the package {name!r} has no file {inner!r}")
-        return folder / inner
-    found = sorted(folder.glob(f"*{suffix}"))
-    if len(found) != 1:
-        raise ConfigError(f"{path}: expected exactly one {suffix} file in the package {name!r}, found {len(found)}")
-    return found[0]
-
-
 def _location(config: ModelConfig) -> dict[str, object]:
     """Arguments of `from_pretrained` that say where the model is."""
     path = config.path
     if path.startswith(PACKAGE_PREFIX):
-        path = str(resolve_package_path(path, ".gguf"))
+        path = str(package_file(path, suffix=".gguf"))
     if path.endswith(".gguf"):
-        file = Path(path)
+        file = Path(path).expanduser()
         if not file.is_file():
             raise ConfigError(f"model path {config.path!r}: no such file")
         return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
@@ -126,11 +101,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model, padding on the left for generation.
 
     Raises:
-        ConfigError: nothing is at `config.path`.
+        ConfigError: nothing is at `config.path`, or it cannot be loaded as configured.
     """
+    location = _location(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**_location(config))
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(**location)
+    except LOAD_ERRORS as error:
         raise ConfigError(f"no tokenizer could be loaded from {config.path!r}: {_first_line(error)}") from error
     tokenizer.padding_side = "left"
     return tokenizer
@@ -143,13 +119,14 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     saves like any other.
 
     Raises:
-        ConfigError: nothing is at `config.path`.
+        ConfigError: nothing is at `config.path`, or it cannot be loaded as configured.
     """
+    location = _location(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            **_location(config), dtype=DTYPES[config.dtype], attn_implementation=config.attention
+            **location, dtype=DTYPES[config.dtype], attn_implementation=config.attention
         )
-    except OSError as error:
+    except LOAD_ERRORS as error:
         raise ConfigError(f"no model could be loaded from {config.path!r}: {_first_line(error)}") from error
     if hasattr(model.config, "quantization_config") and model.config.quantization_config.quant_method == "gguf":
         model = _rebuilt_without_gguf(model)
@@ -195,19 +172,23 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def export_policy(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export_policy(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """Write the adapter (LoRA) or the whole model, and the tokenizer, in Hugging Face format.
 
-    Written beside `folder` first and renamed, so that an interruption leaves no half-written export.
+    Written beside `folder` first and renamed, so that an interruption leaves no half-written export. What is
+    there already is never replaced.
+
+    Returns:
+        Where it was written: `folder`, or `folder-1`, `folder-2`, ... where that name is taken.
     """
-    staging = folder.with_name(folder.name + ".partial")
-    if staging.exists():
-        shutil.rmtree(staging)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    if folder.exists():
-        shutil.rmtree(folder)
-    staging.rename(folder)
+    staging = free_path(folder.with_name(folder.name + ".partial"))
+    staging.mkdir(parents=True)
+    try:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        return staging.rename(free_path(folder))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # gone already unless writing failed
 
 
 class CompletionScorer(nn.Module):
@@ -328,4 +309,4 @@ def _rebuilt_without_gguf(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,9 +9,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gamma_po.errors import ConfigError, require
-from gamma_po.policies import CompletionScorer, ModelConfig, adapters_off, evaluating, fingerprint, load_model
+from gamma_po.policies import (
+    CompletionScorer,
+    ModelConfig,
+    adapters_off,
+    check_layout,
+    evaluating,
+    fingerprint,
+    load_model,
+)
 from gamma_po.types import PairLogps, PreferenceBatch
 
 ReferenceSource = Literal["cached", "adapters_off", "copy"]
@@ -48,10 +57,26 @@ class Reference(nn.Module):
         self.copy: CompletionScorer | None = None
         self.weights: str | None = None  # fingerprint, for the cache
 
-    def load(self, untouched_policy: nn.Module) -> None:
-        """Take what is needed from the policy before adapters and training change it; load the copy."""
+    def load(self, untouched_policy: PreTrainedModel, layout: str) -> None:
+        """Take what is needed from the policy before adapters and training change it; load the copy.
+
+        Args:
+            untouched_policy: as loaded.
+            layout: of the batches, which the reference must be able to compute.
+
+        Raises:
+            ConfigError: the reference cannot compute the layout, or has another vocabulary than the policy.
+        """
+        if not self.is_start_of_policy:
+            other = load_model(self.config)
+            check_layout(layout, other.config, self.config.attention)
+            if other.config.vocab_size != untouched_policy.config.vocab_size:
+                raise ConfigError(
+                    f"model.reference_model has {other.config.vocab_size} tokens, the policy "
+                    f"{untouched_policy.config.vocab_size}: both must read the same token ids"
+                )
         if self.source == "cached":
-            self.weights = fingerprint(untouched_policy if self.is_start_of_policy else load_model(self.config))
+            self.weights = fingerprint(untouched_policy if self.is_start_of_policy else other)
         if self.source == "copy":
             self.copy = CompletionScorer(load_model(self.config)).requires_grad_(False).eval()
             # Lightning's advice at the start of training; this one is in eval mode on purpose, and stays so.
@@ -67,18 +92,20 @@ class Reference(nn.Module):
 
         Args:
             policy: the policy, adapters and all.
-            policy_is_untouched: no training step and no checkpoint has changed it yet.
+            policy_is_untouched: this run has not trained it yet. It serves as its own reference only if its weights
+                are those it started from; a module that was trained before is recognised by its fingerprint.
         """
         if self.copy is not None:
             yield self.copy
         elif self.is_base_of_adapters:
             with evaluating(policy), adapters_off(policy.model):
                 yield policy
-        elif self.is_start_of_policy and policy_is_untouched:
+        elif self.is_start_of_policy and policy_is_untouched and self.weights == fingerprint(policy.model):
             with evaluating(policy):
                 yield policy
         else:
-            yield CompletionScorer(load_model(self.config)).to(next(policy.parameters()).device).eval()
+            parameter = next(policy.parameters())
+            yield CompletionScorer(load_model(self.config)).to(parameter.device, parameter.dtype).eval()
 
     def logps(self, batch: PreferenceBatch, policy: CompletionScorer) -> PairLogps:
         """Return the reference's log-probabilities of a batch, [P] each, without gradient.

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import itertools
+import os
 from pathlib import Path
 
 from gamma_po.errors import ConfigError
+
+
+def free_path(path: Path) -> Path:
+    """Return `path`, or where something has that name already, the first free one of `path-1`, `path-2`, ..."""
+    names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(1)))
+    return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
 
 
 class RunDirectory:

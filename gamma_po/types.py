@@ -99,16 +99,29 @@ class ModelInput:
         return _map_tensors(self, Tensor.pin_memory)
 
 
-@dataclass(frozen=True)
 class PreferenceBatch:
-    """One micro-batch of P preference pairs, ready for the model."""
+    """One micro-batch of P preference pairs, ready for the model.
 
-    model_input: ModelInput
-    index: Tensor  # [P] row of the pair in its dataset
-    weight: Tensor  # [P] 1 for a pair, 0 for padding that only keeps ranks in step
-    flipped: Tensor  # [P] True where label noise swapped chosen and rejected
-    reference: PairLogps | None = None  # [P] each, from the reference cache
-    column: Tensor | None = None  # [P] margin column of the data
+    Not a dataclass, on purpose: Lightning's half precision casts every float tensor inside of those, and the
+    reference's log-probabilities must stay float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_input: ModelInput,
+        index: Tensor,
+        weight: Tensor,
+        flipped: Tensor,
+        reference: PairLogps | None = None,
+        column: Tensor | None = None,
+    ) -> None:
+        self.model_input = model_input
+        self.index = index  # [P] row of the pair in its dataset
+        self.weight = weight  # [P] 1 for a pair, 0 for padding that only keeps ranks in step
+        self.flipped = flipped  # [P] True where label noise swapped chosen and rejected
+        self.reference = reference  # [P] each, float32, from the reference cache
+        self.column = column  # [P] margin column of the data
 
     @property
     def num_pairs(self) -> int:
@@ -117,11 +130,14 @@ class PreferenceBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Move every tensor to `device`."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """Copy every tensor to page-locked memory."""
-        return _map_tensors(self, Tensor.pin_memory)
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{name: _map_tensors(value, function) for name, value in vars(self).items()})
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -13,6 +13,8 @@ from gamma_po.policies import export_policy
 class ExportPolicy(Callback):
     """At the end of `fit`, writes the adapter (LoRA) or the whole model to `<run directory>/policy`.
 
+    Nothing is replaced: where something has that name, the policy goes to `policy-1`, and so on.
+
     Args:
         enabled: off for throw-away runs.
     """
@@ -25,5 +27,5 @@ class ExportPolicy(Callback):
         folder = trainer.log_dir
         if not self.enabled or folder is None or not trainer.is_global_zero:
             return
-        export_policy(pl_module.policy.model, pl_module.tokenizer, Path(folder) / "policy")
-        rank_zero_info(f"policy written to {Path(folder) / 'policy'}")
+        written = export_policy(pl_module.policy.model, pl_module.tokenizer, Path(folder) / "policy")
+        rank_zero_info(f"policy written to {written}")

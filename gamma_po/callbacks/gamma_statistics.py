@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from gamma_po.margins.base import strength
 from gamma_po.ranks import Ranks
 from gamma_po.statistics import margin_statistics
 from gamma_po.types import LossOutput, PreferenceBatch
@@ -64,7 +65,7 @@ class GammaStatistics(Callback):
     """Log the statistics of an epoch's target margins, over the pairs of all ranks.
 
     Keys: `train/gamma/{mean,std,min,max,p10,p50,p90,corr}` (see `gamma_po.statistics`), the mean
-    `train/gamma/gradient_weight`, and `train/gamma/strength` = γ0/τ for a margin that has both. An epoch
+    `train/gamma/gradient_weight`, and `train/gamma/strength` = γ0/τ for a KL margin, also reversed or shuffled. An epoch
     resumed in its middle is described by the pairs after the resume.
     """
 
@@ -92,9 +93,9 @@ class GammaStatistics(Callback):
         if values.target_margin.numel() == 0:
             return
         logged = dict(margin_statistics(*values))
-        margin = pl_module.margin
-        if hasattr(margin, "gamma0") and hasattr(margin, "tau"):
-            logged["strength"] = torch.tensor(margin.gamma0 / margin.tau)
+        ratio = strength(pl_module.margin)
+        if ratio is not None:
+            logged["strength"] = torch.tensor(ratio)
         # Equal on every rank already; sync_dist only tells Lightning so.
         pl_module.log_dict(
             {f"train/gamma/{name}": value.float().to(pl_module.device) for name, value in logged.items()},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from gamma_po.callbacks.plots import run_directory
 from gamma_po.errors import require
+from gamma_po.files import write_bytes
 from gamma_po.types import LossOutput, PairLogps, PreferenceBatch
 
 
@@ -102,10 +102,9 @@ def pair_table(output: LossOutput, batch: PreferenceBatch, *, step: int, epoch: 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write `table` so that `path` is either absent, as it was, or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def _reference_columns(reference: PairLogps | None, column: Any, rows: int) -> dict[str, pa.Array]:

@@ -90,8 +90,9 @@ class Report(Callback):
             return
         preferences, pairs = datamodule.preferences["test"], datamodule.datasets["test"].pairs
         if module.reference is None and samplable:
-            table = {**table, **self._reference_logps(module, pairs, datamodule.eval_batch_size)}
-        summary = pair_report(table, [preference.prompt for preference in preferences])
+            scored = [pairs[i] for i in table["index"].tolist()]
+            table = {**table, **self._reference_logps(module, scored, datamodule.eval_batch_size)}
+        summary = pair_report(table, [preferences[i].prompt for i in table["index"].tolist()])
         comparison, rows = None, []
         if samplable and self.num_prompts:
             comparison, rows = self._samples(module, preferences, pairs)

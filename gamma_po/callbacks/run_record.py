@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gamma_po.files import write_text
+from gamma_po.margins.base import strength
 
 PACKAGES = (
     "gamma_po",
@@ -95,11 +96,9 @@ def _model_rows(module: LightningModule) -> list[tuple[str, str]]:
         ("loss", f"{loss}\n{loss.formula}   [{loss.source}]"),
         ("margin", f"{margin}\n{margin.formula}   [{margin.source}]"),
     ]
-    strength = margin_strength(margin)
-    if strength is not None:
-        rows.append(
-            ("γ0/τ", f"{strength:.4g}: in a pool, the largest γ is at most {math.exp(strength):.4g} × the smallest")
-        )
+    ratio = strength(margin)
+    if ratio is not None:
+        rows.append(("γ0/τ", f"{ratio:.4g}: in a pool, the largest γ is at most {math.exp(ratio):.4g} × the smallest"))
     rows.append(("reference", "not used" if module.reference is None else module.reference.source))
     return rows
 
@@ -125,14 +124,6 @@ def trainable_share(module: LightningModule) -> str:
     total = sum(parameter.numel() for parameter in module.policy.parameters())
     trainable = sum(parameter.numel() for parameter in module.policy.parameters() if parameter.requires_grad)
     return f"training {trainable:,} of {total:,} parameters"
-
-
-def margin_strength(margin: Any) -> float | None:
-    """γ0/τ of a KL margin, also inside a wrapper; None for others."""
-    margin = getattr(margin, "inner", margin)
-    if hasattr(margin, "gamma0") and hasattr(margin, "tau"):
-        return margin.gamma0 / margin.tau
-    return None
 
 
 def _commit() -> str:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from gamma_po.data.dataset import Example, PairDataset, collate
+from gamma_po.data.dataset import Example, PairDataset, by_length, collate
 from gamma_po.data.formatting import Columns, Preference, read_preferences
 from gamma_po.data.loader import ResumableLoader, SequentialBatches, ShuffledBatches
 from gamma_po.data.noise import flip_mask
@@ -121,7 +121,10 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every validation pair once, in order; nothing where no validation data is set."""
-        return self._evaluation_loader("validation") if self.sources["validation"] else []
+        if self.sources["validation"] is None:
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+            return []
+        return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader:
         """Every test pair once, in order."""
@@ -136,7 +139,9 @@ class PreferenceDataModule(LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader:
         ranks = current_ranks()
         dataset = self._with_reference(split)
-        batches = SequentialBatches(len(dataset), self.eval_batch_size, rank=ranks.rank, world_size=ranks.world_size)
+        batches = SequentialBatches(
+            by_length(dataset.pairs), self.eval_batch_size, rank=ranks.rank, world_size=ranks.world_size
+        )
         return DataLoader(dataset, batch_sampler=batches, **self._loader_options())
 
     def _read(self, split: str) -> PairDataset:

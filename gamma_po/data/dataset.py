@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,12 +63,25 @@ class PairDataset(Dataset[Example]):
         column = float("nan") if self.column is None else float(self.column[slot.index])
         return Example(slot, pair.prompt, pair.chosen, pair.rejected, flipped, column, reference)
 
+    def digest(self) -> str:
+        """Hash of tokens and labels: equal digests mean that training sees the same pairs."""
+        digest = hashlib.sha256(self.flipped.numpy().tobytes())
+        for pair in self.pairs:
+            for ids in (pair.prompt, pair.chosen, pair.rejected):
+                digest.update(len(ids).to_bytes(4, "little") + ids.to(torch.int32).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def labelled_reference(self) -> PairLogps | None:
         """The reference's log-probabilities with the labels as training sees them, [N] each."""
         if self.reference is None:
             return None
         flipped = swapped(self.reference)
         return PairLogps(*(torch.where(self.flipped, b, a) for a, b in zip(self.reference, flipped, strict=True)))
+
+
+def by_length(pairs: Sequence[TokenizedPair]) -> list[int]:
+    """Return the rows from the shortest pair to the longest, in tokens of prompt and both completions."""
+    return sorted(range(len(pairs)), key=lambda i: sum(len(part) for part in pairs[i][:3]))
 
 
 def swapped(logps: PairLogps) -> PairLogps:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from gamma_po.data.dataset import Slot
+from gamma_po.data.dataset import PairDataset, Slot
 from gamma_po.errors import ConfigError, DataError
 
 
@@ -50,21 +50,27 @@ class ShuffledBatches(Sampler[list[Slot]]):
 
 
 class SequentialBatches(Sampler[list[Slot]]):
-    """Evaluation batches of one rank: every pair once; ranks get equally many batches, filled with weight 0."""
+    """Evaluation batches of one rank: every pair once; ranks get equally many batches, filled with weight 0.
 
-    def __init__(self, num_pairs: int, batch_size: int, *, rank: int, world_size: int) -> None:
-        self.num_pairs, self.batch_size, self.rank, self.world_size = num_pairs, batch_size, rank, world_size
+    Args:
+        order: the rows, in the order in which they are taken; sorted by length, little is padded.
+        batch_size: pairs per rank and batch.
+        rank, world_size: this process takes every world_size-th row.
+    """
+
+    def __init__(self, order: Sequence[int], batch_size: int, *, rank: int, world_size: int) -> None:
+        self.order, self.batch_size, self.rank, self.world_size = order, batch_size, rank, world_size
 
     def __len__(self) -> int:
-        per_rank = -(-self.num_pairs // self.world_size)
+        per_rank = -(-len(self.order) // self.world_size)
         return -(-per_rank // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Slot]]:
-        per_rank = -(-self.num_pairs // self.world_size)
-        mine = [self.rank + i * self.world_size for i in range(per_rank)]
-        slots = [Slot(index) if index < self.num_pairs else Slot(0, weight=0.0) for index in mine]
-        for start in range(0, len(slots), self.batch_size):
-            yield slots[start : start + self.batch_size]
+        per_rank = -(-len(self.order) // self.world_size)
+        mine = [Slot(index) for index in self.order[self.rank :: self.world_size]]
+        mine += [Slot(self.order[0], weight=0.0)] * (per_rank - len(mine))
+        for start in range(0, per_rank, self.batch_size):
+            yield mine[start : start + self.batch_size]
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -75,13 +81,14 @@ class ResumableLoader(DataLoader[Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._yielded = 0
-        self._resume: dict[str, int] | None = None
+        self._resume: dict[str, Any] | None = None
+        self._digest = self.dataset.digest() if isinstance(self.dataset, PairDataset) else ""
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position and what it counts in; Lightning saves it in checkpoints."""
         return {"epoch": self.batch_sampler.epoch, "yielded": self._yielded, **self._order()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position at the next iteration.
 
         Raises:
@@ -96,9 +103,10 @@ class ResumableLoader(DataLoader[Any]):
                 )
         self._resume = dict(state)
 
-    def _order(self) -> dict[str, int]:
+    def _order(self) -> dict[str, Any]:
         sampler = self.batch_sampler
-        return {name: getattr(sampler, name) for name in ("num_pairs", "batch_size", "world_size", "seed")}
+        order = {name: getattr(sampler, name) for name in ("num_pairs", "batch_size", "world_size", "seed")}
+        return {**order, "data": self._digest}
 
     def __iter__(self) -> Iterator[Any]:
         # Set at the start, not the end: the trainer stops asking after the last batch and never exhausts this.

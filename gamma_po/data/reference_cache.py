@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from gamma_po.data.dataset import Example, Slot
+from gamma_po.data.dataset import Example, Slot, by_length
 from gamma_po.data.tokenization import TokenizedPair
 from gamma_po.errors import ConfigError
 from gamma_po.files import write_bytes
@@ -127,10 +127,7 @@ def _compute(
     description: str,
 ) -> PairLogps:
     """Score pairs sorted by length, each rank every world_size-th batch; every rank runs equally many forwards."""
-    order = sorted(
-        range(len(pairs)),
-        key=lambda i: len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected)),
-    )
+    order = by_length(pairs)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rounds = -(-len(batches) // ranks.world_size)
     mine = [batches[min(i * ranks.world_size + ranks.rank, len(batches) - 1)] for i in range(rounds)]
@@ -143,7 +140,7 @@ def _compute(
     device = values[0].device
     all_rows = ranks.all_gather(torch.cat(rows).to(device)).cpu()
     all_values = ranks.all_gather(torch.cat(values)).cpu()
-    table = torch.empty(len(pairs), 4)
+    table = torch.empty(len(pairs), 4, dtype=torch.float32)
     table[all_rows] = all_values
     return PairLogps(*table.unbind(1))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +13,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gamma_po.errors import DataError
+from gamma_po.errors import ConfigError, DataError
+from gamma_po.packages import PACKAGE_PREFIX, package_file
 
-PACKAGE_PREFIX = "package:"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ALLOWED = (
     "allowed: a .json, .jsonl, .parquet or .csv file, package:NAME/inner/file, "
@@ -63,22 +62,6 @@ def iterate_rows(source: str) -> Iterator[Row]:
         raise DataError(f"{source}: no rows; at least one is needed")
 
 
-def package_file(path: str) -> Path:
-    """Return the file that `package:NAME/inner/file` points to, without importing the package.
-
-    Raises:
-        DataError: the package is not installed, or the file is not in it.
-    """
-    name, _, inner = path.removeprefix(PACKAGE_PREFIX).partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"{path}: no package {name!r} is installed; {ALLOWED}")
-    for folder in spec.submodule_search_locations:
-        if inner and Path(folder, inner).is_file():
-            return Path(folder, inner)
-    raise DataError(f"{path}: the package {name!r} has no file {inner!r}; {ALLOWED}")
-
-
 def _is_local(source: str) -> bool:
     """Whether `source` means something on this machine, be it there or not."""
     return (
@@ -89,7 +72,7 @@ def _is_local(source: str) -> bool:
 
 
 def _local_rows(source: str) -> Iterator[Row]:
-    file = package_file(source) if source.startswith(PACKAGE_PREFIX) else Path(source).expanduser()
+    file = _inside_package(source) if source.startswith(PACKAGE_PREFIX) else Path(source).expanduser()
     if not file.exists():
         raise DataError(f"{source}: no such file; {ALLOWED}")
     if not file.is_file():
@@ -101,6 +84,13 @@ def _local_rows(source: str) -> Iterator[Row]:
         yield from reader(file, source)
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error}") from error
+
+
+def _inside_package(source: str) -> Path:
+    try:
+        return package_file(source)
+    except ConfigError as error:
+        raise DataError(f"{error}; {ALLOWED}") from error
 
 
 def _json_rows(file: Path, source: str) -> Iterator[Row]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -35,6 +37,9 @@ def sample_completions(
 ) -> list[Tensor]:
     """Draw one completion per prompt.
 
+    What the model's own generation configuration would change (repetition penalty, min-p, suppressed tokens, ...)
+    is left out; only its end-of-sequence tokens count.
+
     Args:
         model: in eval mode, or with a PEFT wrapper around it.
         prompts: token ids [n_i] each.
@@ -42,7 +47,8 @@ def sample_completions(
         description: what the progress bar says.
 
     Returns:
-        Token ids [m_i] per prompt, m_i >= 1, ending with the end-of-sequence token if it was drawn.
+        Token ids [m_i] per prompt, m_i >= 1, ending with the end-of-sequence token if it was drawn;
+        of `max_new_tokens` each if the model has no such token.
     """
     eos = _eos_ids(model)
     config = GenerationConfig(
@@ -51,22 +57,35 @@ def sample_completions(
         top_k=0,
         top_p=1.0,
         max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=eos[0],
+        eos_token_id=eos or None,
+        pad_token_id=eos[0] if eos else 0,
     )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[Tensor] = [torch.empty(0)] * len(prompts)
     state = torch.random.get_rng_state()
     try:
-        for start in track(range(0, len(order), sampling.batch_size), description):
-            batch = order[start : start + sampling.batch_size]
-            torch.manual_seed(sampling.seed * 1_000_003 + start)
-            rows = _generate(model, [prompts[i] for i in batch], config)
-            for i, row in zip(batch, rows, strict=True):
-                completions[i] = _until_eos(row, eos)
+        with _blank_generation_config(model):
+            for start in track(range(0, len(order), sampling.batch_size), description):
+                batch = order[start : start + sampling.batch_size]
+                torch.manual_seed(sampling.seed * 1_000_003 + start)
+                rows = _generate(model, [prompts[i] for i in batch], config)
+                for i, row in zip(batch, rows, strict=True):
+                    completions[i] = _until_eos(row, eos)
     finally:
         torch.random.set_rng_state(state)
     return completions
+
+
+@contextmanager
+def _blank_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Take the model's generation configuration away: `generate` fills what it is not told from there."""
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = causal.generation_config
+    causal.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        causal.generation_config = own
 
 
 def _generate(model: PreTrainedModel, prompts: list[Tensor], config: GenerationConfig) -> Tensor:
@@ -88,12 +107,15 @@ def _generate(model: PreTrainedModel, prompts: list[Tensor], config: GenerationC
 
 def _until_eos(row: Tensor, eos: list[int]) -> Tensor:
     """Cut after the first end-of-sequence token."""
-    ends = torch.isin(row, torch.tensor(eos)).nonzero()
+    ends = torch.isin(row, torch.tensor(eos, dtype=torch.long)).nonzero()
     return row[: int(ends[0]) + 1] if len(ends) else row
 
 
 def _eos_ids(model: PreTrainedModel) -> list[int]:
+    """The end-of-sequence tokens; none if the model has none."""
     eos = model.generation_config.eos_token_id
     if eos is None:
-        eos = model.config.eos_token_id
+        eos = getattr(model.config, "eos_token_id", None)
+    if eos is None:
+        return []
     return list(eos) if isinstance(eos, list) else [eos]

@@ -62,7 +62,7 @@ def draw(
     if gold is None:
         return Samples(tokens, texts, None)
     prompt_texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
-    return Samples(tokens, texts, torch.tensor(gold(prompt_texts, texts)))
+    return Samples(tokens, texts, torch.tensor(gold(prompt_texts, texts), dtype=torch.float32))
 
 
 def score_completions(
@@ -89,7 +89,7 @@ def score_completions(
     """
     device = next(scorer.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
-    logps = torch.empty(len(prompts))
+    logps = torch.empty(len(prompts), dtype=torch.float32)
     with torch.no_grad():
         for start in track(range(0, len(order), batch_size), description):
             chosen = order[start : start + batch_size]

@@ -32,7 +32,7 @@ def pair_report(table: dict[str, Tensor], prompts: Sequence[Any]) -> PairReport:
 
     Args:
         table: [N] each, in the order of the split.
-        prompts: N prompts; equal ones form a cluster.
+        prompts: those of the N rows; equal ones form a cluster.
     """
     numbers: dict[str, int] = {}
     clusters = torch.tensor([numbers.setdefault(repr(prompt), len(numbers)) for prompt in prompts])

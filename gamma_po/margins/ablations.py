@@ -11,17 +11,17 @@ from torch import Tensor
 
 from gamma_po.errors import ConfigError
 from gamma_po.losses.base import Loss
-from gamma_po.margins.base import Margin, PoolMargin
+from gamma_po.margins.base import Margin, PoolMargin, as_target_margin
 from gamma_po.margins.kl import KL
 from gamma_po.ranks import Local, Ranks
 from gamma_po.types import Evidence, PairLogps
 
 
 def reversed_ranks(score: Tensor, target_margin: Tensor) -> Tensor:
-    """Give the largest γ to the smallest score, and so on; the multiset of γ stays the same.
+    """Give the largest γ to the smallest score, and so on; the mean of γ stays the same.
 
     Args:
-        score: [M]; ties are ranked in their order.
+        score: [M]; ties share the average of what their ranks receive.
         target_margin: [M].
 
     Returns:
@@ -33,7 +33,25 @@ def reversed_ranks(score: Tensor, target_margin: Tensor) -> Tensor:
     order = score.argsort(stable=True)
     reversed_margin = torch.empty_like(target_margin)
     reversed_margin[order] = target_margin.sort(descending=True).values
-    return reversed_margin
+    return shared_at_ties(score, reversed_margin)
+
+
+def shared_at_ties(score: Tensor, target_margin: Tensor) -> Tensor:
+    """Give entries of equal score the average of their γ's; the mean of γ stays the same.
+
+    Args:
+        score: [M].
+        target_margin: [M].
+
+    Returns:
+        [M].
+
+    >>> shared_at_ties(torch.tensor([2.0, 1.0, 2.0]), torch.tensor([0.5, 0.3, 0.0]))
+    tensor([0.2500, 0.3000, 0.2500])
+    """
+    _, group, count = score.unique(return_inverse=True, return_counts=True)
+    total = torch.zeros_like(target_margin[: len(count)]).index_add(0, group, target_margin)
+    return torch.where(count[group] > 1, (total / count)[group], target_margin)
 
 
 class PoolWrapper(Margin):
@@ -72,6 +90,9 @@ class PoolWrapper(Margin):
 class Reverse(PoolWrapper):
     """The inner margin's γ in reverse rank order over its pool (KL) or the training split (map).
 
+    Pairs with equal scores (reward margin or reference margin) share the average of the γ's that their ranks
+    receive, so that the mean of γ over the pool is the inner margin's, and without ties also its multiset.
+
     Args:
         inner: the margin to reverse.
 
@@ -100,7 +121,7 @@ class Reverse(PoolWrapper):
         assert isinstance(self.inner, PoolMargin)
         pool, state = self.inner.pool(reward_margin, evidence, state, ranks or Local())
         target_margin = reversed_ranks(pool.score, pool.target_margin)
-        return target_margin[pool.position].to(reward_margin.dtype), state
+        return as_target_margin(target_margin[pool.position], reward_margin), state
 
 
 class ShuffledState(NamedTuple):
@@ -113,6 +134,8 @@ class ShuffledState(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Shuffled(PoolWrapper):
     """The inner margin's γ's given to random pairs of its pool: same multiset, no information.
+
+    Pairs with equal scores share the average of what they receive, as in `Reverse`.
 
     A map's pool is the training split, whose permutation stays the same for the whole run; a KL margin's pool
     is permuted anew each step.
@@ -151,4 +174,5 @@ class Shuffled(PoolWrapper):
         permutation = torch.randperm(len(pool.score), generator=generator).to(pool.score.device)
         target_margin = torch.empty_like(pool.target_margin)
         target_margin[pool.score.argsort(stable=True)] = pool.target_margin.sort().values[permutation]
-        return target_margin[pool.position].to(reward_margin.dtype), ShuffledState(inner, state.steps + 1)
+        target_margin = shared_at_ties(pool.score, target_margin)
+        return as_target_margin(target_margin[pool.position], reward_margin), ShuffledState(inner, state.steps + 1)

@@ -74,6 +74,25 @@ class PoolMargin(Margin):
         """Return the pool and the next state."""
 
 
+def float64(values: Tensor) -> Tensor:
+    """Return a detached copy or view in float64, on the CPU where the device (Apple's MPS) has no float64."""
+    values = values.detach()
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def as_target_margin(target_margin: Tensor, reward_margin: Tensor) -> Tensor:
+    """Return γ in the dtype and on the device of the reward margin; the dtype first, as MPS has no float64."""
+    return target_margin.to(reward_margin.dtype).to(reward_margin.device)
+
+
+def strength(margin: Any) -> float | None:
+    """Return γ0/τ of a KL margin, also of one that another margin reverses or shuffles; None for other margins."""
+    margin = getattr(margin, "inner", margin)
+    if hasattr(margin, "gamma0") and hasattr(margin, "tau"):
+        return margin.gamma0 / margin.tau
+    return None
+
+
 def state_to_plain(state: Any) -> Any:
     """Turn nested NamedTuples into dicts, which `torch.load(weights_only=True)` accepts."""
     if isinstance(state, tuple) and hasattr(state, "_asdict"):
@@ -89,8 +108,10 @@ def state_from_plain(template: Any, plain: Any) -> Any:
 
 
 def state_to_device(state: Any, device: torch.device) -> Any:
-    """Move the tensors of a state; their dtypes stay as they are."""
+    """Move the tensors of a state; their dtypes stay as they are, and float64 stays where MPS could not hold it."""
     if isinstance(state, Tensor):
+        if device.type == "mps" and state.dtype == torch.float64:
+            return state.cpu()
         return state.to(device)
     if isinstance(state, tuple) and hasattr(state, "_fields"):
         return type(state)(*(state_to_device(value, device) for value in state))

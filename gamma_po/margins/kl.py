@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gamma_po.errors import ConfigError, require
 from gamma_po.losses.base import Loss
-from gamma_po.margins.base import Pool, PoolMargin
+from gamma_po.margins.base import Pool, PoolMargin, as_target_margin, float64
 from gamma_po.margins.solver import mirror_descent_margins, priced_kl_margins, solve_kl_margins
 from gamma_po.ranks import Local, Ranks
 from gamma_po.types import Evidence
@@ -55,7 +55,7 @@ class KLMargin(PoolMargin):
     ) -> tuple[Tensor, Any]:
         """This rank's part of the solved pool."""
         pool, state = self.pool(reward_margin, evidence, state, ranks or Local())
-        return pool.target_margin[pool.position].to(reward_margin.dtype), state
+        return as_target_margin(pool.target_margin[pool.position], reward_margin), state
 
     def centred(self, target_margin: Tensor) -> Tensor:
         """Return γ or γ - γ0, as configured."""
@@ -106,7 +106,7 @@ class KL(KLMargin):
 
     def pool(self, reward_margin: Tensor, evidence: Evidence, state: History, ranks: Ranks) -> tuple[Pool, History]:
         """Solve over history and this step's margins of all ranks; the newest margins become history."""
-        gathered = ranks.gather(reward_margin.detach().double())
+        gathered = ranks.gather(float64(reward_margin))
         score = torch.cat([state.reward_margin.to(gathered.values.device), gathered.values])
         target_margin = self.centred(solve_kl_margins(score, gamma0=self.gamma0, tau=self.tau))
         start = len(state.reward_margin) + gathered.start
@@ -154,7 +154,7 @@ class KLDual(KLMargin):
 
     def pool(self, reward_margin: Tensor, evidence: Evidence, state: Price, ranks: Ranks) -> tuple[Pool, Price]:
         """Correct the price with this step's pairs, then give each its margin at that price."""
-        gathered = ranks.gather(reward_margin.detach().double())
+        gathered = ranks.gather(float64(reward_margin))
         h, options = gathered.values, {"gamma0": self.gamma0, "tau": self.tau}
         mu = state.mu.to(h.device)
         if int(state.steps) == 0:
@@ -218,7 +218,7 @@ class KLAuthors(KLMargin):
 
     def pool(self, reward_margin: Tensor, evidence: Evidence, state: Sampled, ranks: Ranks) -> tuple[Pool, Sampled]:
         """Mirror descent over this step's pairs of all ranks and the sample; every rank draws the same."""
-        gathered = ranks.gather(reward_margin.detach().double())
+        gathered = ranks.gather(float64(reward_margin))
         past = state.reward_margin.to(gathered.values.device)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(state.steps))
         drawn = torch.randperm(len(past), generator=generator)[: self.sample].to(past.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import ConfigError, require
-from gamma_po.margins.base import Pool, PoolMargin
+from gamma_po.margins.base import Pool, PoolMargin, as_target_margin, float64
 from gamma_po.margins.maps import MapShape, Piecewise, location_and_scale
 from gamma_po.ranks import Ranks
 from gamma_po.types import Evidence, PairLogps
@@ -80,7 +80,7 @@ class Map(PoolMargin):
         return fitted._replace(multiplier=self.budget / mean)
 
     def pool(self, reward_margin: Tensor, evidence: Evidence, state: Fitted, ranks: Ranks) -> tuple[Pool, Fitted]:
-        """The training split; a pair stands where its reference margin ranks there."""
+        """The training split; a pair stands where its reference margin ranks there, ties at one place."""
         self._check_fitted(state)
         assert evidence.reference is not None
         position = torch.searchsorted(state.score, self._score(evidence.reference)).clamp(max=len(state.score) - 1)
@@ -92,18 +92,17 @@ class Map(PoolMargin):
         """The map of each pair's reference margin."""
         self._check_fitted(state)
         assert evidence.reference is not None, "the map margin reads the reference's log-probabilities"
-        return self._apply(self._score(evidence.reference), state).to(reward_margin.dtype), state
+        return as_target_margin(self._apply(self._score(evidence.reference), state), reward_margin), state
 
     def _score(self, reference: PairLogps) -> Tensor:
-        reference = reference.detach()
         if self.length_norm:
-            return reference.mean_chosen.double() - reference.mean_rejected.double()
-        return reference.chosen.double() - reference.rejected.double()
+            return float64(reference.mean_chosen) - float64(reference.mean_rejected)
+        return float64(reference.chosen) - float64(reference.rejected)
 
     def _apply(self, score: Tensor, state: Fitted) -> Tensor:
         if self.standardize == "quantile":
             below, up_to = (torch.searchsorted(state.score, score, right=right) for right in (False, True))
-            return state.multiplier * self.shape((below + up_to) / (2 * len(state.score)))
+            return state.multiplier * self.shape(float64(below + up_to) / (2 * len(state.score)))
         return state.multiplier * self.shape((score - state.location) / state.scale)
 
     def _check_fitted(self, state: Fitted) -> None:

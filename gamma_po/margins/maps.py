@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import DataError, require, unknown_name
+from gamma_po.margins.base import float64
 
 MAD_TO_STD = 1.4826  # the MAD of a normal distribution is its standard deviation divided by this
 
@@ -246,7 +247,7 @@ def median(x: Tensor) -> Tensor:
     >>> median(torch.tensor([4.0, 1.0, 3.0, 9.0])).item()
     3.5
     """
-    values, count = x.double().sort().values, x.numel()
+    values, count = float64(x).sort().values, x.numel()
     return (values[(count - 1) // 2] + values[count // 2]) / 2
 
 
@@ -262,7 +263,7 @@ def robust_scale(x: Tensor) -> Tensor:
     >>> robust_scale(torch.tensor([1.0, 2.0, 3.0, 4.0, 1000.0])).item()
     1.4826
     """
-    return MAD_TO_STD * median((x.double() - median(x)).abs())
+    return MAD_TO_STD * median((float64(x) - median(x)).abs())
 
 
 def location_and_scale(margins: Tensor, standardize: Literal["raw", "z", "robust_z"]) -> tuple[Tensor, Tensor]:
@@ -289,7 +290,7 @@ def location_and_scale(margins: Tensor, standardize: Literal["raw", "z", "robust
             f"margins of shape {tuple(margins.shape)} have no statistics; "
             "allowed: one dimension, at least one margin, finite values"
         )
-    values = margins.detach().double()
+    values = float64(margins)
     if standardize == "raw":
         return values.new_zeros(()), values.new_ones(())
     if standardize == "z":

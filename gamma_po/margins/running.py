@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gamma_po.errors import require
-from gamma_po.margins.base import Margin
+from gamma_po.errors import ConfigError, require
+from gamma_po.losses.base import Loss
+from gamma_po.margins.base import Margin, as_target_margin, float64
 from gamma_po.ranks import Local, Ranks
 from gamma_po.types import Evidence, PairLogps
 
@@ -30,7 +32,7 @@ def no_moments() -> Moments:
 
 def updated(moments: Moments, values: Tensor, decay: float) -> Moments:
     """Return the moments after a batch of values, [N]."""
-    values = values.double()
+    values = float64(values)
     return Moments(
         decay * moments.first + (1 - decay) * values.mean(),
         decay * moments.second + (1 - decay) * values.square().mean(),
@@ -49,13 +51,46 @@ def mean_and_std(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaDPO(Margin):
+class BetaMargin(Margin):
+    """What margins with the loss's β share.
+
+    Args:
+        beta: β > 0, reward units per nat per token. If not given: that of the loss it is used with.
+    """
+
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check β."""
+        require(self.beta is None or self.beta > 0, f"{self.name}.beta", self.beta, "a number > 0, or null")
+
+    def bind(self, loss: Loss) -> BetaMargin:
+        """Take β from the loss where it was left open."""
+        if self.beta is not None:
+            return self
+        beta = getattr(loss, "beta", None)
+        if beta is None:
+            raise ConfigError(
+                f"{self.name}.beta is undecided: the loss {loss.name!r} has no beta; give {self.name}.beta"
+            )
+        return dataclasses.replace(self, beta=beta)
+
+    @property
+    def decided_beta(self) -> float:
+        """β, given or bound."""
+        if self.beta is None:
+            raise ConfigError(f"{self.name}.beta is undecided: give beta, or bind the margin to a loss")
+        return self.beta
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaDPO(BetaMargin):
     """γ = γ0 + β α z, z the z-score of the policy's per-token gap minus the reference's.
 
     Args:
         gamma0: γ0, reward units.
         alpha: α >= 0.
-        beta: β, reward units per nat per token, > 0: that of the loss it is used with.
+        beta: see `BetaMargin`.
         decay: of the running mean and variance, in [0, 1).
 
     Source:
@@ -69,13 +104,12 @@ class AlphaDPO(Margin):
 
     gamma0: float = 1.0
     alpha: float = 0.1
-    beta: float = 2.0
     decay: float = 0.9
 
     def __post_init__(self) -> None:
         """Check the options."""
+        super().__post_init__()
         require(self.alpha >= 0, "alpha_dpo.alpha", self.alpha, "a number >= 0")
-        require(self.beta > 0, "alpha_dpo.beta", self.beta, "a number > 0")
         require(0 <= self.decay < 1, "alpha_dpo.decay", self.decay, "0 <= decay < 1")
 
     def init(self) -> Moments:
@@ -87,22 +121,23 @@ class AlphaDPO(Margin):
     ) -> tuple[Tensor, Moments]:
         """Standardise with statistics that include this step's pairs of all ranks."""
         assert evidence.reference is not None, "α-DPO reads the reference's log-probabilities"
-        gap = (_gap_per_token(evidence.policy) - _gap_per_token(evidence.reference)).detach()
+        beta = self.decided_beta
+        gap = float64(_gap_per_token(evidence.policy) - _gap_per_token(evidence.reference))
         state = updated(state, (ranks or Local()).all_gather(gap), self.decay)
         mean, std = mean_and_std(state)
         z = torch.where(std > 0, (gap - mean) / std.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-        return (self.gamma0 + self.beta * self.alpha * z).to(reward_margin.dtype), state
+        return as_target_margin(self.gamma0 + beta * self.alpha * z, reward_margin), state
 
 
 @dataclass(frozen=True, kw_only=True)
-class AMaPO(Margin):
+class AMaPO(BetaMargin):
     """γ = β exp((mean - d)/std · mean) where d < mean, else 0: a margin for the pairs ranked *worst*.
 
     d is the policy's per-token gap, mean and std those of the step's pairs of all ranks. The opposite hypothesis
     to γ-PO: push the pairs that lag behind.
 
     Args:
-        beta: reward units, > 0.
+        beta: see `BetaMargin`.
 
     Source:
         AMaPO, arXiv 2511.09385.
@@ -112,22 +147,17 @@ class AMaPO(Margin):
     formula: ClassVar[str] = "γ = β 1[d < mean] exp((mean - d)/std · mean), d = a/n_w - b/n_l"
     source: ClassVar[str] = "AMaPO, arXiv 2511.09385"
 
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        require(self.beta > 0, "amapo.beta", self.beta, "a number > 0")
-
     def __call__(
         self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
     ) -> tuple[Tensor, Any]:
         """Compare each pair's gap with the mean of the step."""
-        gap = _gap_per_token(evidence.policy).detach().double()
+        beta = self.decided_beta
+        gap = float64(_gap_per_token(evidence.policy))
         everyone = (ranks or Local()).all_gather(gap)
         mean, std = everyone.mean(), everyone.std(correction=0)
         z = (mean - gap) / std.clamp_min(torch.finfo(torch.float64).tiny)
         below = (gap < mean) & (std > 0)
-        return torch.where(below, self.beta * torch.exp(z * mean), 0.0).to(reward_margin.dtype), state
+        return as_target_margin(torch.where(below, beta * torch.exp(z * mean), 0.0), reward_margin), state
 
 
 def _gap_per_token(logps: PairLogps) -> Tensor:

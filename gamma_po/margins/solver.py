@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import DataError, require
+from gamma_po.margins.base import float64
 
 JOINT_NEWTON_LIMIT = 2.0  # largest γ0/τ that starts with the joint iteration
 JOINT_STEPS = 6
@@ -57,7 +58,7 @@ def solve_kl_margins(reward_margin: Tensor, *, gamma0: float, tau: float) -> Ten
     """
     c = _strength(gamma0, tau)
     _require_pool(reward_margin)
-    h = reward_margin.detach().double()
+    h = float64(reward_margin)
     finite = torch.isfinite(h).all()
     if c <= JOINT_NEWTON_LIMIT:
         start = torch.zeros_like(h)
@@ -65,7 +66,7 @@ def solve_kl_margins(reward_margin: Tensor, *, gamma0: float, tau: float) -> Ten
         margin = gamma0 * _joint_newton(h, start, mu, gamma0, c, JOINT_STEPS).exp()
         residual = kkt_residual(margin, h, gamma0=gamma0, tau=tau)
         if finite & (residual <= _allowed_residual(margin, h, c)):
-            return margin.to(_result_dtype(reward_margin))
+            return _result(margin, reward_margin)
     if not finite:
         raise DataError(_describe_non_finite(h))
     x, mu = _nested_newton(h, gamma0, c)
@@ -77,7 +78,7 @@ def solve_kl_margins(reward_margin: Tensor, *, gamma0: float, tau: float) -> Ten
             f"allowed {allowed.item():.3g} reward units; gamma0={gamma0}, tau={tau}, "
             f"reward margins from {h.min().item():.6g} to {h.max().item():.6g}"
         )
-    return margin.to(_result_dtype(reward_margin))
+    return _result(margin, reward_margin)
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def priced_kl_margins(reward_margin: Tensor, mu: Tensor, *, gamma0: float, tau: 
     tensor([1.6487], dtype=torch.float64)
     """
     c = _strength(gamma0, tau)
-    h = reward_margin.detach().double()
+    h = float64(reward_margin)
     x = torch.zeros_like(h)
     lo, hi, last = x + (mu - c), x + mu, torch.full_like(h, 2 * c)
     for _ in range(BRACKETED_STEPS):
@@ -134,7 +135,7 @@ def kkt_residual(target_margin: Tensor, reward_margin: Tensor, *, gamma0: float,
     0.0
     """
     c = _strength(gamma0, tau)
-    margin, h = target_margin.detach().double(), reward_margin.detach().double()
+    margin, h = float64(target_margin), float64(reward_margin)
     p = torch.sigmoid(margin - h)
     slope = 1 + c * margin * p * torch.sigmoid(h - margin)
     weight = margin / slope
@@ -160,7 +161,7 @@ def kl_value(reward_margin: Tensor, *, gamma0: float, tau: float) -> Tensor:
     >>> round(kl_value(torch.tensor([1.0, 1.0]), gamma0=1.0, tau=1.0).item(), 6)
     0.693147
     """
-    h = reward_margin.detach().double()
+    h = float64(reward_margin)
     margin = solve_kl_margins(h, gamma0=gamma0, tau=tau)
     q = margin / gamma0
     return (torch.logaddexp(margin - h, torch.zeros_like(h)) + tau * torch.xlogy(q, q)).mean()
@@ -192,7 +193,7 @@ def mirror_descent_margins(reward_margin: Tensor, *, gamma0: float, tau: float, 
     tensor([0.7266, 0.8439, 1.4296])
     """
     require(steps >= 1, "steps", steps, "an integer >= 1")
-    h = reward_margin.detach().double()
+    h = float64(reward_margin)
     exact = solve_kl_margins(h, gamma0=gamma0, tau=tau)
     _warn_if_unreliable(exact, h, gamma0, tau, steps)
     rate = min(0.5 / tau, 1.0)
@@ -200,7 +201,7 @@ def mirror_descent_margins(reward_margin: Tensor, *, gamma0: float, tau: float, 
     for _ in range(steps - 1):
         x = x - rate * (tau * (1 + x) + gamma0 * torch.sigmoid(gamma0 * x.exp() - h))
         x = x - _log_mean_exp(x)
-    return (gamma0 * x.exp()).to(_result_dtype(reward_margin))
+    return _result(gamma0 * x.exp(), reward_margin)
 
 
 def _joint_newton(h: Tensor, x: Tensor, mu: Tensor, gamma0: float, c: float, steps: int) -> Tensor:
@@ -317,5 +318,7 @@ def _describe_non_finite(h: Tensor) -> str:
     return f"reward margin {h[row].item()} of pair {row} in a pool of {h.numel()} is not finite"
 
 
-def _result_dtype(reward_margin: Tensor) -> torch.dtype:
-    return torch.float64 if reward_margin.dtype == torch.float64 else torch.float32
+def _result(margin: Tensor, reward_margin: Tensor) -> Tensor:
+    """γ on the pool's device: float64 for float64 reward margins, else float32."""
+    dtype = torch.float64 if reward_margin.dtype == torch.float64 else torch.float32
+    return margin.to(dtype).to(reward_margin.device)

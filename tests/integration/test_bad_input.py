@@ -118,6 +118,10 @@ CONFIGURATIONS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "batch larger than the data": (["--data.batch_size", "64"], ["32 pairs", "64", "data.batch_size"]),
     "impossible noise": (["--data.label_noise", "2"], ["data.label_noise=2.0", "[0, 1]"]),
+    "seed of any value": (["--seed_everything", "true"], ["seed_everything=True: give an integer"]),
+    "no seed": (["--seed_everything", "false"], ["seed_everything=False: give an integer"]),
+    "negative seed": (["--seed_everything", "-1"], ["seed_everything=-1: give an integer", "2**32"]),
+    "abbreviated option": (["--conf", "file.yaml"], ["--conf", "did you mean config?"]),
     "trainer option": (["--trainer.devices", "0"], ["devices"]),
 }
 
@@ -170,6 +174,39 @@ def test_beta_written_for_one_loss_does_not_silently_pass_to_another(refused: Fi
     second = tmp_path / "simpo.yaml"
     second.write_text("model: {loss: {class_path: gamma_po.losses.SimPO}}")
     assert "from DPO to SimPO" in refused("--config", str(file), "--config", str(second), without=NAMES)
+
+
+DPO_TEXT = "{class_path: DPO, init_args: {beta: 0.3}}"
+WAYS_TO_SET_BETA = {
+    "short": ["-c", "all.yaml"],
+    "short, joined": ["-call.yaml"],
+    "after a flag": ["--print_config", "--config", "all.yaml"],
+    "text for the file": ["--config", f"{{model: {{loss: {DPO_TEXT}}}}}"],
+    "file of the model": ["--model", "model.yaml"],
+    "text of the model": [f"--model={{loss: {DPO_TEXT}}}"],
+    "file of the loss": ["--model.loss", "loss.yaml"],
+    "file in a file": ["-c", "inner/outer.yaml"],
+    "long names": ["--model.loss.class_path", "DPO", "--model.loss.init_args.beta", "0.3"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_SET_BETA)
+def test_no_way_to_write_a_setting_lets_it_pass_to_another_loss(
+    way: str, refused: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inner").mkdir()
+    for name, text in {
+        "all.yaml": f"model: {{loss: {DPO_TEXT}}}",
+        "model.yaml": f"loss: {DPO_TEXT}",
+        "loss.yaml": DPO_TEXT,
+        "inner/outer.yaml": "model: {loss: dpo.yaml}",
+        "inner/dpo.yaml": DPO_TEXT,
+    }.items():
+        (tmp_path / name).write_text(text)
+    for change in (["--model.loss", "SimPO"], ["--model", "{loss: {class_path: SimPO}}"]):
+        message = refused(*WAYS_TO_SET_BETA[way], *change, without=NAMES)
+        assert "from DPO to SimPO, and beta=0.3" in message
 
 
 def test_a_change_of_loss_or_margin_that_carries_nothing_over_is_allowed(

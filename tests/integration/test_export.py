@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,15 +49,18 @@ def test_the_exported_folder_loads_elsewhere_and_gives_the_trained_policys_logit
     assert float((after - before).abs().max()) > 100 * LOGIT_TOLERANCE  # training moved it
 
 
-def test_leftovers_of_an_interrupted_export_and_an_older_export_do_not_survive(tmp_path: Path) -> None:
-    folder = tmp_path / "policy"
+def test_an_export_replaces_nothing_and_mixes_with_nothing(tmp_path: Path) -> None:
     for name in ("policy.partial", "policy"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"half of it")
-    export_policy(tiny_model(), tiny_tokenizer(), folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
-    assert not (folder / "adapter_model.safetensors").exists()
-    AutoModelForCausalLM.from_pretrained(folder)
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"someone's")
+    (tmp_path / "policy-1").write_text("a file")
+    written = export_policy(tiny_model(), tiny_tokenizer(), tmp_path / "policy")
+    assert written == tmp_path / "policy-2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "policy-1", "policy-2", "policy.partial"]
+    for name in ("policy.partial", "policy"):
+        assert [path.read_bytes() for path in (tmp_path / name).iterdir()] == [b"someone's"]
+    assert not (written / "adapter_model.safetensors").exists()
+    AutoModelForCausalLM.from_pretrained(written)
 
 
 def test_an_export_that_fails_half_way_leaves_no_folder_that_looks_like_one(
@@ -70,7 +74,42 @@ def test_an_export_that_fails_half_way_leaves_no_folder_that_looks_like_one(
     monkeypatch.setattr(tokenizer, "save_pretrained", fails)
     with pytest.raises(OSError, match="disk full"):
         export_policy(tiny_model(), tokenizer, tmp_path / "policy")
-    assert not (tmp_path / "policy").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_directory_is_the_current_one_deletes_no_policy_there(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "mine.txt").write_text("kept")
+    options = ["--trainer.logger", "false", "--trainer.default_root_dir", ".", "--trainer.max_steps", "1"]
+    run("fit", tiny_model_path, tiny_data, tmp_path, options)
+    assert [path.read_text() for path in (tmp_path / "policy").iterdir()] == ["kept"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "policy-1")
+
+
+class SharedFolderLogger(DummyLogger):
+    """A logger whose folder, like those of most services, is the same for all runs: the current one."""
+
+    @property
+    def save_dir(self) -> str:
+        """The current folder."""
+        return "."
+
+
+def test_a_run_with_a_logger_of_the_users_choice_keeps_a_directory_of_its_own(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    options = ["--trainer.logger", f"{__name__}.SharedFolderLogger", "--trainer.max_steps", "1"]
+    finished = run("fit", tiny_model_path, tiny_data, tmp_path, options)
+    assert finished.trainer_dir.parent == tmp_path / "runs" / "run"
+    assert {"config.yaml", "metrics.csv", "policy"} <= {path.name for path in finished.trainer_dir.iterdir()}
+    assert any(isinstance(logger, SharedFolderLogger) for logger in finished.cli.trainer.loggers)
+    assert not list(elsewhere.iterdir())
 
 
 def test_the_export_can_be_switched_off(tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def test_the_margin_without_language_models_runs() -> None:
 
 
 def test_the_tree_names_every_file_of_the_package_and_nothing_else() -> None:
-    (tree,) = [block for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if "gamma_po/\n" in block]
+    (tree,) = [
+        block for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if "gamma_po/\n" in block
+    ]
     inside = tree.split("experiments/")[0]
     named = set(re.findall(r"\b([\w/]+(?:\.py|/))(?= |,|$)", inside, re.MULTILINE)) - {"gamma_po/"}
     package = Path(gamma_po.__file__).parent

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib.image
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,7 +22,9 @@ from torch.utils.data import DataLoader
 
 from gamma_po.callbacks import GammaStatistics, MarginHistograms, NonFiniteGuard, PairRecorder, RunPlots
 from gamma_po.callbacks.gamma_statistics import BATCHES_ON_DEVICE, PairCollector
+from gamma_po.callbacks.pair_recorder import write_parquet
 from gamma_po.errors import ConfigError
+from gamma_po.margins import build_margin
 from gamma_po.ranks import Local, Ranks
 from gamma_po.types import Evidence, LossOutput, ModelInput, PairLogps, PairRewards, PreferenceBatch
 
@@ -190,6 +193,12 @@ class TestGammaStatistics:
         assert logged_rows(trainer, "train/gamma/mean") == pytest.approx([gamma.mean()], rel=FLOAT32)
         assert logged_rows(trainer, "train/gamma/max") == [200.0]
 
+    def test_a_reversed_margin_has_the_strength_of_its_inner_one(self, tmp_path: Path) -> None:
+        module = Policy()
+        module.margin = build_margin("reverse", inner=build_margin("kl", gamma0=3.0, tau=2.0))
+        _, trainer = fit(tmp_path, [GammaStatistics()], module, max_epochs=1)
+        assert logged_rows(trainer, "train/gamma/strength") == [1.5]
+
     def test_a_margin_without_tau_has_no_strength(self, tmp_path: Path) -> None:
         module = Policy()
         module.margin = SimpleNamespace(gamma0=3.0)
@@ -316,6 +325,17 @@ class TestPairRecorder:
         files = sorted((Path(trainer.log_dir) / "pairs").iterdir())
         assert [pq.read_table(file)["index"].to_pylist() for file in files] == [[4, 5, 6, 7], [8, 9]]
         assert [pq.read_table(file)["step"].to_pylist()[0] for file in files] == [1, 2]
+
+    def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = tmp_path / "pairs" / "step-000001.parquet"
+        write_parquet(pa.table({"step": [1]}), file)
+        monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            write_parquet(pa.table({"step": [2]}), file)
+        assert [found.name for found in file.parent.iterdir()] == [file.name]
+        assert pq.read_table(file)["step"].to_pylist() == [1]
 
     @pytest.mark.parametrize(
         "options", [{"every_n_steps": 0}, {"folder": ""}, {"folder": "../elsewhere"}, {"folder": ".."}]

@@ -13,7 +13,7 @@ from gamma_po.evaluation.gold import VaderSentiment
 from gamma_po.evaluation.on_policy import Samples, compare, distinct_bigrams, score_completions
 from gamma_po.evaluation.pairs import PairMetrics, preferred
 from gamma_po.evaluation.report import as_json, pair_report, report_table
-from gamma_po.policies import CompletionScorer
+from gamma_po.policies import CompletionScorer, Lora, attach_lora
 from gamma_po.types import Evidence, LossOutput, PairLogps, PairRewards
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -116,6 +116,25 @@ def test_a_completion_ends_with_the_first_end_of_sequence_token_or_at_the_limit(
     ended = [completion for completion in completions if eos in completion]
     assert ended and all(int(completion[-1]) == eos and (completion[:-1] != eos).all() for completion in ended)
     assert all(len(completion) == 40 for completion in completions if eos not in completion)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_models_own_generation_settings_change_no_sample_and_are_kept(lora: bool) -> None:
+    plain, changed = tiny_model(), tiny_model()
+    own = changed.generation_config
+    own.repetition_penalty, own.min_p, own.suppress_tokens = 5.0, 0.5, list(range(3, 200))
+    sampling = Sampling(max_new_tokens=12, temperature=1.0)
+    wrapped = attach_lora(changed, Lora(r=2), seed=0).eval() if lora else changed
+    got, expected = (sample_completions(model, prompts(6), sampling) for model in (wrapped, plain))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert changed.generation_config is own
+
+
+def test_a_model_without_an_end_of_sequence_token_samples_to_the_limit() -> None:
+    model = tiny_model()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    completions = sample_completions(model, prompts(5), Sampling(max_new_tokens=9, temperature=3.0, batch_size=2))
+    assert [len(completion) for completion in completions] == [9] * 5
 
 
 def test_samples_follow_the_tempered_distribution_of_the_model(scorer: CompletionScorer) -> None:

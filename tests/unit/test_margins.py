@@ -11,6 +11,7 @@ import torch
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.losses import build_loss
 from gamma_po.margins import MARGINS, Fixed, Margin, NoMargin, build_margin
+from gamma_po.margins.base import strength
 from gamma_po.margins.maps import Linear, Piecewise, Power, Softplus
 from gamma_po.ranks import Gathered, Local, Ranks
 from gamma_po.types import PairLogps
@@ -63,7 +64,7 @@ class TestColumn(MarginContract):
 
 class TestRunning(MarginContract):
     def margins(self) -> list[tuple[Margin, Any]]:
-        return [fitted(build_margin("alpha_dpo")), fitted(build_margin("amapo"))]
+        return [fitted(build_margin("alpha_dpo", beta=2.0)), fitted(build_margin("amapo", beta=1.0))]
 
 
 class TestShuffled(MarginContract):
@@ -245,6 +246,30 @@ def test_reverse_of_a_map_mirrors_ranks_in_the_training_split() -> None:
     assert map_margins(build_margin("reverse", inner=inner), train, train) == pytest.approx(plain[::-1], abs=1e-14)
 
 
+def test_reverse_of_a_map_gives_tied_pairs_the_average_of_what_their_ranks_receive() -> None:
+    train = [1.0, 1.0, 0.0, 1.0]
+    inner = build_margin("map", shape=Linear(g0=0.0, k=0.75), standardize="raw")
+    assert map_margins(inner, train, train) == pytest.approx([0.75, 0.75, 0.0, 0.75], abs=1e-14)
+    # the lowest takes 0.75; the ranks of the three ties take 0.75, 0.75 and 0
+    reverse = map_margins(build_margin("reverse", inner=inner), train, train)
+    assert reverse == pytest.approx([0.5, 0.5, 0.75, 0.5], abs=1e-14)
+
+
+@pytest.mark.parametrize("name", ["reverse", "shuffled"])
+def test_ablations_of_a_map_keep_the_mean_over_the_training_split_also_with_ties(name: str) -> None:
+    train = [2.0, -1.0, 0.0, 2.0, 2.0, 5.0, 0.0, 7.0, 2.0]
+    inner = build_margin("map", shape=Softplus(), standardize="raw")
+    plain, got = map_margins(inner, train, train), map_margins(build_margin(name, inner=inner), train, train)
+    assert sum(got) == pytest.approx(sum(plain), abs=1e-12) and got != pytest.approx(plain, abs=1e-3)
+
+
+def test_strength_sees_through_ablations_and_is_none_without_gamma0_and_tau() -> None:
+    inner = build_margin("kl", gamma0=3.0, tau=4.0)
+    assert [strength(inner), strength(build_margin("reverse", inner=inner))] == [0.75, 0.75]
+    assert [strength(build_margin(name)) for name in ("fixed", "alpha_dpo", "map")] == [None] * 3
+    assert strength(build_margin("shuffled", inner=build_margin("map"))) is None
+
+
 def test_reverse_refuses_a_constant_margin() -> None:
     with pytest.raises(ConfigError, match=r"reverse.inner='fixed' is not allowed.*kl, kl_dual, kl_authors, map"):
         build_margin("reverse", inner=Fixed())
@@ -254,6 +279,11 @@ def test_quantile_map_uses_mid_ranks_in_the_training_split() -> None:
     margin = build_margin("map", shape=Linear(g0=0.0, k=1.0), standardize="quantile")
     got = map_margins(margin, [1.0, 2.0, 2.0, 5.0], [0.0, 1.0, 2.0, 3.0, 5.0, 9.0])
     assert got == pytest.approx([0.0, 0.125, 0.5, 0.75, 0.875, 1.0])
+
+
+def test_quantiles_are_float64() -> None:
+    margin = build_margin("map", shape=Linear(g0=0.0, k=1.0), standardize="quantile")
+    assert map_margins(margin, [1.0, 2.0, 3.0], [1.0, 3.0]) == pytest.approx([1 / 6, 5 / 6], abs=1e-15)
 
 
 def test_shuffled_gives_the_same_margins_to_other_pairs_and_anew_each_step() -> None:
@@ -374,8 +404,27 @@ def test_amapo_gives_a_margin_only_below_the_mean() -> None:
     got, _ = build_margin("amapo", beta=1.5)(torch.zeros(3, dtype=torch.float64), evidence, ())
     std = math.sqrt(2 / 3)
     assert got.tolist() == pytest.approx([1.5 * math.exp((2 - 1) / std * 2), 0.0, 0.0])
-    same, _ = build_margin("amapo")(torch.zeros(2, dtype=torch.float64), evidence_with_gaps([1.0, 1.0], [0, 0]), ())
+    same, _ = build_margin("amapo", beta=1.0)(
+        torch.zeros(2, dtype=torch.float64), evidence_with_gaps([1.0, 1.0], [0, 0]), ()
+    )
     assert same.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["alpha_dpo", "amapo"])
+def test_beta_is_that_of_the_loss_unless_told(name: str) -> None:
+    evidence, h = evidence_with_gaps([1.0, 3.0], [0.0, 0.5]), torch.zeros(2, dtype=torch.float64)
+    bound, told = build_margin(name).bind(build_loss("simpo", beta=7.0)), build_margin(name, beta=7.0)
+    assert torch.equal(bound(h, evidence, bound.init())[0], told(h, evidence, told.init())[0])
+    assert build_margin(name, beta=3.0).bind(build_loss("simpo", beta=7.0)) == build_margin(name, beta=3.0)
+
+
+@pytest.mark.parametrize("name", ["alpha_dpo", "amapo"])
+def test_beta_that_nothing_decides_is_refused(name: str) -> None:
+    margin = build_margin(name)
+    with pytest.raises(ConfigError, match=rf"{name}.beta is undecided: give beta, or bind"):
+        call(margin, [1.0, 2.0])
+    with pytest.raises(ConfigError, match=rf"{name}.beta is undecided: the loss 'orpo' has no beta"):
+        margin.bind(build_loss("orpo"))
 
 
 @pytest.mark.parametrize(
@@ -385,6 +434,7 @@ def test_amapo_gives_a_margin_only_below_the_mean() -> None:
         ("kl", {"tau": -1.0}, r"kl.tau=-1.0.*> 0"),
         ("kl", {"history": -1}, r"kl.history=-1"),
         ("fixed", {"gamma": float("nan")}, r"fixed.gamma=nan"),
+        ("alpha_dpo", {"beta": 0.0}, r"alpha_dpo.beta=0.0.*> 0"),
         ("map", {"budget": 0.0}, r"map.budget=0.0"),
         ("map", {"standardize": "minmax"}, r"map.standardize='minmax'.*raw, z, robust_z, quantile"),
     ],

@@ -62,8 +62,8 @@ MARGIN_OPTIONS = {
     "kl_authors": "gamma0=1.0, tau=1.0, center=None, sample=256, memory=2048, seed=0",
     "map": "shape=Piecewise(k1=0.1, k2=0.5, t0=0.0, t1=1.0), standardize='robust_z', length_norm=False, budget=None",
     "column": "scale=1.0, transform='identity'",
-    "alpha_dpo": "gamma0=1.0, alpha=0.1, beta=2.0, decay=0.9",
-    "amapo": "beta=1.0",
+    "alpha_dpo": "beta=None, gamma0=1.0, alpha=0.1, decay=0.9",
+    "amapo": "beta=None",
     "reverse": f"inner={KL_DEFAULT}",
     "shuffled": f"inner={KL_DEFAULT}, seed=0",
 }

@@ -11,14 +11,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gamma_po.data.sources import iterate_rows, package_file, read_rows
-from gamma_po.errors import DataError
+from gamma_po.data.sources import iterate_rows, read_rows
+from gamma_po.errors import ConfigError, DataError
+from gamma_po.packages import package_file
+from gamma_po.policies import ModelConfig, load_model, load_tokenizer
 
 ROWS = [
     {"prompt": "今天天气怎么样？", "chosen": "晴天。", "rejected": "不知道"},
@@ -243,6 +246,53 @@ def test_a_package_without_that_file_is_named(package: str) -> None:
 @pytest.mark.parametrize("name", ["no_such_package_here", "not-an-identifier", "", "json5.x", "math"])
 def test_a_package_that_is_not_installed_is_named(name: str) -> None:
     assert f"no package '{name}' is installed" in error_of(f"package:{name}/a.jsonl")
+
+
+def test_a_package_with_one_file_of_a_kind_needs_only_its_name(package: str, tmp_path: Path) -> None:
+    folder = tmp_path / "site" / package
+    with pytest.raises(ConfigError, match=r"exactly one \.gguf file in the package 'pairs_for_tests', found 0"):
+        package_file(f"package:{package}", suffix=".gguf")
+    (folder / "a.gguf").touch()
+    assert package_file(f"package:{package}", suffix=".gguf") == folder / "a.gguf"
+    (folder / "b.gguf").touch()
+    with pytest.raises(ConfigError, match="found 2"):
+        package_file(f"package:{package}", suffix=".gguf")
+
+
+def test_a_model_in_a_package_that_is_not_installed_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="no package 'no_such_package_here' is installed"):
+        load_model(ModelConfig(path="package:no_such_package_here"))
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_model_of_an_unknown_architecture_is_a_configuration_error_of_one_line(load: Callable) -> None:
+    Path("model").mkdir()
+    Path("model/config.json").write_text('{"model_type": "no_such_architecture"}')
+    with pytest.raises(ConfigError, match="could be loaded from './model': ") as caught:
+        load(ModelConfig(path="./model"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_attention_package_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_pretrained(**_: object) -> None:
+        raise ImportError("FlashAttention2 cannot be used: flash_attn is not installed.\nMore lines")
+
+    monkeypatch.setattr("gamma_po.policies.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    with pytest.raises(ConfigError, match=r"owner/model.*flash_attn is not installed\.$"):
+        load_model(ModelConfig(path="owner/model", attention="flash_attention_2"))
+
+
+def test_a_gguf_path_may_start_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked: list[dict] = []
+    monkeypatch.setattr(
+        "gamma_po.policies.AutoTokenizer.from_pretrained", lambda **given: asked.append(given) or SimpleNamespace()
+    )
+    with pytest.raises(ConfigError, match=r"'~/model.gguf': no such file"):
+        load_tokenizer(ModelConfig(path="~/model.gguf"))
+    Path("model.gguf").touch()
+    load_tokenizer(ModelConfig(path="~/model.gguf"))
+    assert asked == [{"pretrained_model_name_or_path": str(tmp_path), "gguf_file": "model.gguf"}]
 
 
 def hub_of(splits: dict[str, list[dict]], monkeypatch: pytest.MonkeyPatch) -> None:
