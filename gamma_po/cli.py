@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ def _actions(parser: Any) -> list[Any]:
     """The actions of a parser and of its subcommands."""
     inner = [sub for action in parser._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
     return [*parser._actions, *(action for sub in inner[:1] for action in sub._actions)]
+
+
+def _tensorboard(place: dict[str, Any]) -> list[TensorBoardLogger]:
+    """A TensorBoard logger, where that package is installed (it is an extra)."""
+    return [TensorBoardLogger(**place)] if importlib.util.find_spec("tensorboard") else []
 
 
 class PreferenceCLI(LightningCLI):
@@ -139,7 +145,7 @@ class PreferenceCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         folder = self._run_folder()
         place = {"save_dir": folder.parent, "name": "", "version": folder.name}
-        others = [TensorBoardLogger(**place)] if chosen in (None, True) else chosen
+        others = _tensorboard(place) if chosen in (None, True) else chosen
         others = others if isinstance(others, list) else [others]
         kwargs["logger"] = [CSVLogger(**place, flush_logs_every_n_steps=10), *others]
         return super().instantiate_trainer(**kwargs)

@@ -54,7 +54,7 @@ def explain(message: str, *, options: Sequence[str], of_class: type | None) -> s
         return "\n".join(
             [f"unrecognized arguments: {found[1]}", *(f"{key}: {_allowed(key, options)}" for key in unknown)]
         )
-    if found := re.search(r'^Parser key "seed_everything":.*Given value: (.*)', message, re.DOTALL):
+    if found := re.search(r'^Parser key "seed_everything":.*Got value: (.*)', message, re.DOTALL):
         return f"seed_everything={found[1].strip()}: give {SEEDS}"
     if found := re.search(r'^Parser key "([^"]+)":(.*)', message, re.DOTALL):
         return _explain_value(owner + found[1], found[2])
@@ -156,16 +156,16 @@ def _takes_mapping(key: str) -> bool:
 
 
 def _content(value: str, folder: Path) -> tuple[Any, Path]:
-    """What a file's name or a text in braces stands for, and the folder from which names in it are read.
+    """What a file's name or a text stands for, and the folder from which names in it are read.
 
     What is wrong with a file is for the parser to say.
     """
-    path = folder / value
     try:
-        if value.lstrip().startswith("{"):
-            return yaml.safe_load(value), folder
-        return (yaml.safe_load(path.read_text()), path.parent) if path.is_file() else (value, folder)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        path = folder / Path(value).expanduser()
+        if path.is_file():
+            return yaml.safe_load(path.read_text()), path.parent
+        return yaml.safe_load(value), folder
+    except (OSError, RuntimeError, UnicodeDecodeError, yaml.YAMLError):  # RuntimeError: ~nobody
         return {}, folder
 
 

@@ -65,8 +65,8 @@ class GammaStatistics(Callback):
     """Log the statistics of an epoch's target margins, over the pairs of all ranks.
 
     Keys: `train/gamma/{mean,std,min,max,p10,p50,p90,corr}` (see `gamma_po.statistics`), the mean
-    `train/gamma/gradient_weight`, and `train/gamma/strength` = γ0/τ for a KL margin, also reversed or shuffled. An epoch
-    resumed in its middle is described by the pairs after the resume.
+    `train/gamma/gradient_weight`, and `train/gamma/strength` = γ0/τ for a KL margin, also reversed or shuffled.
+    An epoch resumed in its middle is described by the pairs after the resume.
     """
 
     def __init__(self) -> None:

@@ -70,9 +70,7 @@ class BetaMargin(Margin):
             return self
         beta = getattr(loss, "beta", None)
         if beta is None:
-            raise ConfigError(
-                f"{self.name}.beta is undecided: the loss {loss.name!r} has no beta; give {self.name}.beta"
-            )
+            raise ConfigError(f"{self.name}.beta is undecided: the loss {loss.name!r} has no beta, so give one")
         return dataclasses.replace(self, beta=beta)
 
     @property

@@ -182,6 +182,7 @@ WAYS_TO_SET_BETA = {
     "short, joined": ["-call.yaml"],
     "after a flag": ["--print_config", "--config", "all.yaml"],
     "text for the file": ["--config", f"{{model: {{loss: {DPO_TEXT}}}}}"],
+    "text without braces": ["--config", f"model:\n  loss: {DPO_TEXT}"],
     "file of the model": ["--model", "model.yaml"],
     "text of the model": [f"--model={{loss: {DPO_TEXT}}}"],
     "file of the loss": ["--model.loss", "loss.yaml"],

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gamma_po.layouts import LAYOUTS
+from gamma_po.losses import build_loss
 from gamma_po.margins import MARGINS, build_margin, solve_kl_margins
 from gamma_po.margins.base import state_to_device
 from gamma_po.policies import CompletionScorer
@@ -41,7 +42,7 @@ def test_every_margin_works_on_the_device(name: str) -> None:
     options = {"center": True} if name.startswith("kl") else {}
     if name in ("reverse", "shuffled"):
         options = {"inner": build_margin("kl", center=True)}
-    margin = build_margin(name, **options)
+    margin = build_margin(name, **options).bind(build_loss("dpo"))
     evidence = random_evidence(8)
     h = torch.randn(8, dtype=torch.float64)
     here, _ = margin(h, evidence, margin.fit(evidence.reference))

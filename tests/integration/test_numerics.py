@@ -69,7 +69,9 @@ def test_weights_spoiled_before_the_command_starts_end_it_with_one_message(
     options = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e30", "--model.warmup_ratio", "0"]
     status = run_command(["fit", *arguments(tiny_model_path, tiny_data, tmp_path, options)])
     said = capsys.readouterr().err
-    assert status == 1 and re.search(r"stopped: .*step \d+.*(not finite|is nan|is inf)", said) and "Traceback" not in said
+    assert (
+        status == 1 and re.search(r"stopped: .*step \d+.*(not finite|is nan|is inf)", said) and "Traceback" not in said
+    )
 
 
 def test_a_module_trained_before_is_never_scored_as_its_own_reference(

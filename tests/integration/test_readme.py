@@ -51,6 +51,13 @@ def test_the_readme_has_its_commands_and_both_installations_name_the_same_requir
     assert len(installs) == 2 and all("-r requirements.txt" in block for block in installs)
 
 
+def test_the_measured_result_and_its_pictures_are_there() -> None:
+    section = README.split("## What you should see")[1].split("\n## ")[0]
+    assert "win rate against the reference" in section and "experiments/LOG.md" in section
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert pictures and all((ROOT / picture).is_file() for picture in pictures)
+
+
 def test_the_ten_line_loss_is_a_loss() -> None:
     (code,) = [block for language, block in BLOCKS if language == "python" and "PairwiseLoss" in block]
     scope = {"dataclass": dataclass, "PairwiseLoss": PairwiseLoss, "rewards": rewards, "torch": torch}

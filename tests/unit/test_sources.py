@@ -268,7 +268,7 @@ def test_a_model_in_a_package_that_is_not_installed_is_a_configuration_error() -
 def test_a_model_of_an_unknown_architecture_is_a_configuration_error_of_one_line(load: Callable) -> None:
     Path("model").mkdir()
     Path("model/config.json").write_text('{"model_type": "no_such_architecture"}')
-    with pytest.raises(ConfigError, match="could be loaded from './model': ") as caught:
+    with pytest.raises(ConfigError, match=r"could be loaded from './model': ") as caught:
         load(ModelConfig(path="./model"))
     assert "\n" not in str(caught.value)
 
