@@ -19,9 +19,10 @@ from gamma_po.data.dataset import PairDataset
 from gamma_po.data.reference_cache import ReferenceKey, cached_logps, default_cache_dir
 from gamma_po.errors import ConfigError, require
 from gamma_po.evaluation.pairs import PairMetrics
-from gamma_po.losses import Loss, gradient_weight, require_margin_fits
+from gamma_po.losses import Loss, require_margin_fits
 from gamma_po.margins import Margin
 from gamma_po.margins.base import state_to_device, state_to_plain
+from gamma_po.objective import check_finite, evaluate, training_log
 from gamma_po.policies import (
     CompletionScorer,
     Lora,
@@ -33,7 +34,7 @@ from gamma_po.policies import (
     load_tokenizer,
 )
 from gamma_po.ranks import Ranks, current_ranks
-from gamma_po.reference import Reference, ReferenceSource, check_agreement
+from gamma_po.reference import Reference, ReferenceSource, check_agreement, check_reference_is_used
 from gamma_po.schedules import Schedule, warmup_then
 from gamma_po.types import Evidence, LossOutput, PairLogps, PreferenceBatch
 
@@ -152,28 +153,12 @@ class PreferenceModule(LightningModule):
             The output over the pairs of weight > 0, and the margin's next state.
         """
         evidence = Evidence(self.policy(batch.model_input), self._reference_logps(batch), batch.column)
+        rows = batch.index
         if not self.training:
-            evidence = _select(evidence, batch.weight > 0)
-        rewards = self.loss.rewards(evidence)
-        check_finite(rewards.margin, batch, self.global_step if self._trainer is not None else 0)
-        state = state_to_device(state, self.device)
-        target_margin, state = self.margin(rewards.margin.detach(), evidence, state, self.ranks)
-        per_pair = self.loss(evidence, target_margin, self.ranks)
-        evidence = Evidence(*(part if part is None else part.detach() for part in evidence))
-        output = LossOutput(
-            loss=per_pair.mean(),
-            per_pair=per_pair.detach(),
-            rewards=type(rewards)(rewards.chosen.detach(), rewards.rejected.detach()),
-            target_margin=target_margin,
-            gradient_weight=self._gradient_weight(evidence, target_margin),
-            evidence=evidence,
-        )
-        return output, state
-
-    def _gradient_weight(self, evidence: Evidence, target_margin: Tensor) -> Tensor:
-        """It takes a gradient, also where Lightning evaluates in inference mode, whose tensors allow none."""
-        with torch.inference_mode(False):
-            return gradient_weight(self.loss, _copied(evidence), target_margin.clone(), self.ranks)
+            counts = batch.weight > 0
+            evidence, rows = evidence.map(lambda value: value[counts]), rows[counts]
+        check_finite(self.loss.rewards(evidence).margin, rows, self.trainer.global_step if self._trainer else 0)
+        return evaluate(self.loss, self.margin, evidence, state_to_device(state, self.device), self.ranks)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch; advances the margin's state."""
@@ -181,7 +166,7 @@ class PreferenceModule(LightningModule):
         detached = output._replace(loss=output.loss.detach())
         self.last_output, self.last_batch = detached, batch
         self.log("train/loss", detached.loss, prog_bar=True, batch_size=batch.num_pairs, sync_dist=True)
-        self.log_dict(_training_log(detached), batch_size=batch.num_pairs, sync_dist=True)
+        self.log_dict(training_log(detached), batch_size=batch.num_pairs, sync_dist=True)
         return {"loss": output.loss, "output": detached}
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
@@ -302,69 +287,3 @@ class PreferenceModule(LightningModule):
         self.pair_metrics.reset()
         # Equal on every rank already; sync_dist only tells Lightning so.
         self.log_dict({f"{prefix}/{key}": value for key, value in values.items()}, sync_dist=True)
-
-
-def check_reference_is_used(
-    loss: Loss, margin: Margin, source: ReferenceSource, reference_model: ModelConfig | None
-) -> None:
-    """Refuse reference settings that the loss and the margin would ignore or could not use.
-
-    Raises:
-        ConfigError: naming both sides.
-    """
-    needed = loss.needs_reference or margin.needs_reference
-    unused = "model.reference_model" if reference_model is not None else f"model.reference={source}"
-    if not needed and (reference_model is not None or source != "cached"):
-        raise ConfigError(
-            f"{unused} is not used: neither the loss {loss.name} nor the margin {margin.name} reads a reference"
-        )
-    if margin.needs_fit and source != "cached":
-        raise ConfigError(
-            f"the margin {margin.name} reads the reference's margins of the whole training split before training; "
-            f"model.reference={source!r} does not compute them; allowed: cached"
-        )
-
-
-def check_finite(reward_margin: Tensor, batch: PreferenceBatch, step: int) -> None:
-    """Stop before a margin or the optimizer meets a NaN or an infinity.
-
-    Raises:
-        FloatingPointError: naming the step and the rows of the data.
-    """
-    finite = torch.isfinite(reward_margin)
-    if not bool(finite.all()):
-        rows = batch.index[batch.weight > 0][~finite].tolist()
-        raise FloatingPointError(
-            f"step {step}: the reward margin is not finite for the pairs in rows {rows[:8]} of the split. The weights "
-            "are those of the step before. Look at these rows with `predict`; try a lower learning rate, a smaller "
-            "beta, gradient clipping (trainer.gradient_clip_val), or float32 (trainer.precision 32-true)"
-        )
-
-
-def _select(evidence: Evidence, rows: Tensor) -> Evidence:
-    """Keep the given rows."""
-
-    def pick(logps: PairLogps | None) -> PairLogps | None:
-        return None if logps is None else PairLogps(*(field[rows] for field in logps))
-
-    column = None if evidence.column is None else evidence.column[rows]
-    return Evidence(pick(evidence.policy), pick(evidence.reference), column)
-
-
-def _copied(evidence: Evidence) -> Evidence:
-    """The same values in tensors of their own."""
-    policy, reference, column = evidence
-    copies = [None if part is None else PairLogps(*(field.clone() for field in part)) for part in (policy, reference)]
-    return Evidence(*copies, None if column is None else column.clone())
-
-
-def _training_log(output: LossOutput) -> dict[str, Tensor]:
-    rewards, policy = output.rewards, output.evidence.policy
-    return {
-        "train/rewards/chosen": rewards.chosen.mean(),
-        "train/rewards/rejected": rewards.rejected.mean(),
-        "train/rewards/margins": rewards.margin.mean(),
-        "train/rewards/accuracies": (rewards.margin > 0).float().mean() + 0.5 * (rewards.margin == 0).float().mean(),
-        "train/logps/chosen": policy.chosen.mean(),
-        "train/logps/rejected": policy.rejected.mean(),
-    }

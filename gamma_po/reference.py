@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gamma_po.errors import ConfigError, require
+from gamma_po.losses import Loss
+from gamma_po.margins import Margin
 from gamma_po.policies import (
     CompletionScorer,
     ModelConfig,
@@ -146,4 +148,25 @@ def check_agreement(policy: PairLogps, reference: PairLogps, index: Tensor, *, f
             f"{int(index[worst])} of the training split; allowed {AGREEMENT[full_precision]}). They should be the same "
             "model. Likely causes: the policy's weights changed after the reference was scored, or the two run in "
             "different precision or attention; if the reference is meant to differ, set model.reference_model"
+        )
+
+
+def check_reference_is_used(
+    loss: Loss, margin: Margin, source: ReferenceSource, reference_model: ModelConfig | None
+) -> None:
+    """Refuse reference settings that the loss and the margin would ignore or could not use.
+
+    Raises:
+        ConfigError: naming both sides.
+    """
+    needed = loss.needs_reference or margin.needs_reference
+    unused = "model.reference_model" if reference_model is not None else f"model.reference={source}"
+    if not needed and (reference_model is not None or source != "cached"):
+        raise ConfigError(
+            f"{unused} is not used: neither the loss {loss.name} nor the margin {margin.name} reads a reference"
+        )
+    if margin.needs_fit and source != "cached":
+        raise ConfigError(
+            f"the margin {margin.name} reads the reference's margins of the whole training split before training; "
+            f"model.reference={source!r} does not compute them; allowed: cached"
         )

@@ -50,6 +50,10 @@ class Evidence(NamedTuple):
     reference: PairLogps | None = None
     column: Tensor | None = None  # [P] a per-pair number from the data (e.g. a rating gap)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
+        """Apply `function` to every tensor."""
+        return _map_tensors(self, function)
+
 
 class PairRewards(NamedTuple):
     """Implicit rewards of P pairs, β-scaled."""

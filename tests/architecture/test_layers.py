@@ -10,7 +10,8 @@ PACKAGE = ROOT / "gamma_po"
 
 LAYERS = {
     "types": 0, "errors": 0, "files": 0, "progress": 0, "registry": 0, "rundirs": 0, "schedules": 0, "packages": 0,
-    "logps": 1, "rewards": 1, "links": 1, "losses": 1, "margins": 1, "statistics": 1, "ranks": 1, "presets": 1,
+    "logps": 1, "rewards": 1, "links": 1, "losses": 1, "margins": 1, "statistics": 1, "ranks": 1,
+    "presets": 1, "objective": 1,
     "layouts": 2, "policies": 2, "data": 2, "evaluation": 2, "plotting": 2, "reference": 2, "tables": 2,
     "checkpoints": 3, "module": 3, "callbacks": 3,
     "parsing": 4, "cli": 4, "__main__": 4, "__init__": 0,

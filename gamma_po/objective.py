@@ -1,0 +1,78 @@
+"""One step of the algebra: evidence -> rewards -> target margin -> loss, and what is reported of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gamma_po.losses import Loss, gradient_weight
+from gamma_po.margins import Margin
+from gamma_po.ranks import Ranks
+from gamma_po.types import Evidence, LossOutput, PairRewards
+
+
+def evaluate(loss: Loss, margin: Margin, evidence: Evidence, state: Any, ranks: Ranks) -> tuple[LossOutput, Any]:
+    """Return the loss of P pairs under their target margins, and the margin's next state.
+
+    per_pair = loss(evidence, stop_gradient(γ)), γ = margin(reward margin, evidence, state).
+
+    Args:
+        loss: any loss.
+        margin: any margin, bound to the loss.
+        evidence: [P] each, with the policy's graph.
+        state: of the margin, on the device of the evidence.
+        ranks: the processes of the run.
+
+    Returns:
+        The output; only its `loss`, the mean over the pairs, carries a graph.
+    """
+    rewards = loss.rewards(evidence)
+    target_margin, state = margin(rewards.margin.detach(), evidence, state, ranks)
+    per_pair = loss(evidence, target_margin, ranks)
+    evidence = evidence.map(Tensor.detach)
+    with torch.inference_mode(False):  # the weight is a gradient, also where Lightning evaluates in inference mode
+        weight = gradient_weight(loss, evidence.map(torch.clone), target_margin.clone(), ranks)
+    output = LossOutput(
+        loss=per_pair.mean(),
+        per_pair=per_pair.detach(),
+        rewards=PairRewards(rewards.chosen.detach(), rewards.rejected.detach()),
+        target_margin=target_margin,
+        gradient_weight=weight,
+        evidence=evidence,
+    )
+    return output, state
+
+
+def training_log(output: LossOutput) -> dict[str, Tensor]:
+    """What is logged of a training step, [] each."""
+    rewards, policy = output.rewards, output.evidence.policy
+    return {
+        "train/rewards/chosen": rewards.chosen.mean(),
+        "train/rewards/rejected": rewards.rejected.mean(),
+        "train/rewards/margins": rewards.margin.mean(),
+        "train/rewards/accuracies": (rewards.margin > 0).float().mean() + 0.5 * (rewards.margin == 0).float().mean(),
+        "train/logps/chosen": policy.chosen.mean(),
+        "train/logps/rejected": policy.rejected.mean(),
+    }
+
+
+def check_finite(reward_margin: Tensor, rows: Tensor, step: int) -> None:
+    """Stop before a margin or the optimizer meets a NaN or an infinity.
+
+    Args:
+        reward_margin: h, [P].
+        rows: of the pairs in their split, [P].
+        step: optimizer steps taken.
+
+    Raises:
+        FloatingPointError: naming the step and the rows of the data.
+    """
+    finite = torch.isfinite(reward_margin)
+    if not bool(finite.all()):
+        raise FloatingPointError(
+            f"step {step}: the reward margin is not finite for the pairs in rows {rows[~finite][:8].tolist()} of the "
+            "split. The weights are those of the step before. Look at these rows with `predict`; try a lower learning "
+            "rate, a smaller beta, gradient clipping (trainer.gradient_clip_val), or trainer.precision 32-true"
+        )
