@@ -53,7 +53,7 @@ def test_the_readme_has_its_commands_and_both_installations_name_the_same_requir
 
 def test_the_measured_result_and_its_pictures_are_there() -> None:
     section = README.split("## What you should see")[1].split("\n## ")[0]
-    assert "win rate against the reference" in section and "experiments/LOG.md" in section
+    assert "implicit-reward accuracy" in section and "experiments/LOG.md" in section
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)
 
