@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
+from gamma_po.data.tokenization import Tokenization, prompt_ids
 from gamma_po.evaluation.generation import Sampling, sample_completions
 from gamma_po.evaluation.gold import VaderSentiment
 from gamma_po.policies import ModelConfig, load_model, load_tokenizer
@@ -121,17 +121,7 @@ def main() -> None:
         if arguments.limit_topics:
             prompts = prompts[: arguments.limit_topics * STYLES_PER_TOPIC]
         repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
-        encoded = [
-            torch.tensor(
-                tokenizer.encode(
-                    tokenizer.apply_chat_template(
-                        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-                    ),
-                    add_special_tokens=False,
-                )
-            )
-            for prompt in repeated
-        ]
+        encoded = [prompt_ids(prompt, tokenizer, Tokenization()) for prompt in repeated]
         sampling = Sampling(max_new_tokens=64, temperature=0.7, batch_size=128, seed=SEED + number)
         completions = sample_completions(model, encoded, sampling, description=split)
         answers: dict[str, dict[str, float]] = {prompt: {} for prompt in prompts}

@@ -70,7 +70,7 @@ class PairRewards(NamedTuple):
 class LossOutput(NamedTuple):
     """Everything one step computed; detached, except `loss`."""
 
-    loss: Tensor  # [] weighted mean over the batch's pairs; carries the gradient
+    loss: Tensor  # [] mean over the batch's pairs; carries the gradient
     per_pair: Tensor  # [P]
     rewards: PairRewards  # [P] each
     target_margin: Tensor  # [P] γ, reward units
