@@ -23,13 +23,22 @@ pytestmark = [
 
 def test_the_quickstart_starts_at_ln_2_learns_and_reports(tmp_path: Path) -> None:
     options = ["--config", str(ROOT / "experiments" / "quickstart.yaml"), "--run.root", str(tmp_path)]
-    options += ["--data.limit_train", "24", "--data.limit_validation", "4", "--data.limit_test", "6"]
+    options += [
+        "--trainer.max_epochs",
+        "5",
+        "--data.limit_train",
+        "4",
+        "--data.limit_validation",
+        "4",
+        "--data.limit_test",
+        "6",
+    ]
     options += ["--data.batch_size", "4", "--model.optimizer.lr", "0.001", "--trainer.enable_progress_bar", "false"]
     options += ["--report.num_prompts", "2", "--report.sampling.max_new_tokens", "8", "--trainer.accelerator", "cpu"]
     folder = Path(PreferenceCLI(["fit", *options]).trainer.log_dir)
     losses = steps_of(folder, "train/loss")
     assert losses[0] == pytest.approx(math.log(2), abs=0.02)  # bfloat16
-    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert len(losses) == 5 and losses[-1] < losses[0]
     assert steps_of(folder, "train/rewards/margins")[-1] > 0
     report = json.loads((folder / "report.json").read_text())
     assert report["pairs"]["num_pairs"] == 6
