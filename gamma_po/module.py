@@ -242,6 +242,11 @@ class PreferenceModule(LightningModule):
         """Score the data under the reference and let the margin see the training split."""
         datamodule = self.trainer.datamodule
         if datamodule is not None:
+            if datamodule.columns.margin is not None and not self.margin.reads_column:
+                raise ConfigError(
+                    f"data.columns.margin={datamodule.columns.margin!r} is not used: the margin {self.margin.name} "
+                    "does not read a data column; allowed with: column"
+                )
             for split, dataset in datamodule.datasets.items():
                 self.attach_reference(dataset, split)
         if self.margin.needs_fit and self.trainer.ckpt_path is None:

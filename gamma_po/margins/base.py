@@ -36,6 +36,7 @@ class Margin(ABC):
     source: ClassVar[str]
     needs_reference: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
+    reads_column: ClassVar[bool] = False
 
     def bind(self, loss: Loss) -> Margin:
         """Return this margin with options left open decided for `loss`."""

@@ -30,6 +30,7 @@ class Column(Margin):
     name: ClassVar[str] = "column"
     formula: ClassVar[str] = "γ = scale · log(d) or scale · d, d a data column (rating gap)"
     source: ClassVar[str] = "ODPO, arXiv 2402.10571"
+    reads_column: ClassVar[bool] = True
 
     scale: float = 1.0
     transform: Literal["identity", "log"] = "identity"

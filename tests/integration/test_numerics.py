@@ -18,6 +18,7 @@ from gamma_po.margins import KL
 from gamma_po.module import PreferenceModule
 from gamma_po.policies import ModelConfig
 from tests.runs import arguments, fit, run, steps_of
+from tests.tiny import tiny_rows, write_rows
 
 
 @pytest.mark.parametrize("mode", [[], ["--model.lora.r", "4"]], ids=["full", "lora"])
@@ -107,3 +108,24 @@ def test_a_reference_that_nobody_reads_and_an_endless_schedule_are_refused(
     endless = ["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"]
     assert run_command(["fit", *arguments(tiny_model_path, tiny_data, tmp_path, endless)]) == 2
     assert "set trainer.max_steps or trainer.max_epochs" in capsys.readouterr().err
+
+
+def test_a_margin_column_is_used_by_the_column_margin_and_refused_with_others(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "gap": 0.5} for row in tiny_rows(8)]
+    train = write_rows(tmp_path / "gaps.jsonl", rows)  # type: ignore[arg-type]
+    data = [
+        "--data.train",
+        str(train),
+        "--data.validation",
+        "null",
+        "--data.test",
+        "null",
+        "--data.columns.margin",
+        "gap",
+    ]
+    assert run_command(["fit", *arguments(tiny_model_path, tiny_data, tmp_path, data)]) == 2
+    assert "data.columns.margin='gap' is not used: the margin kl" in capsys.readouterr().err
+    done = run("fit", tiny_model_path, tiny_data, tmp_path, [*data, "--model.margin", "Column"])
+    assert done.cli.model.last_output.target_margin.tolist() == [0.5] * 4
