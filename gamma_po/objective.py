@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,30 @@ from gamma_po.losses import Loss, gradient_weight
 from gamma_po.margins import Margin
 from gamma_po.ranks import Ranks
 from gamma_po.types import Evidence, LossOutput, PairRewards
+
+
+class StepState(NamedTuple):
+    """What is remembered between training steps."""
+
+    loss: Any
+    margin: Any
+
+
+def train(
+    loss: Loss, margin: Margin, evidence: Evidence, state: StepState, ranks: Ranks
+) -> tuple[LossOutput, StepState]:
+    """Take a training step: `evaluate` the loss that `loss` is at this step.
+
+    Args:
+        loss, margin, evidence, ranks: see `evaluate`.
+        state: of loss and margin, on the device of the evidence.
+
+    Returns:
+        The output, and the next state.
+    """
+    stepped, loss_state = loss.step(evidence, state.loss, ranks)
+    output, margin_state = evaluate(stepped, margin, evidence, state.margin, ranks)
+    return output, StepState(loss_state, margin_state)
 
 
 def evaluate(loss: Loss, margin: Margin, evidence: Evidence, state: Any, ranks: Ranks) -> tuple[LossOutput, Any]:
@@ -43,6 +67,24 @@ def evaluate(loss: Loss, margin: Margin, evidence: Evidence, state: Any, ranks: 
         evidence=evidence,
     )
     return output, state
+
+
+def short_step_factor(batch_idx: int, num_batches: float, accumulate: int) -> float:
+    """Return what a micro-batch's loss is multiplied by so that an optimizer step is a mean over its micro-batches.
+
+    The trainer divides every loss by `accumulate`, also in an epoch's last step, which has fewer micro-batches where
+    their number is no multiple of it.
+
+    Args:
+        batch_idx: the micro-batch's place in the epoch, from 0.
+        num_batches: of the epoch; infinity where unknown.
+        accumulate: micro-batches per optimizer step, >= 1.
+
+    >>> [short_step_factor(i, 5, 2) for i in range(5)]
+    [1.0, 1.0, 1.0, 1.0, 2.0]
+    """
+    left = num_batches - batch_idx // accumulate * accumulate
+    return accumulate / min(left, accumulate)
 
 
 def training_log(output: LossOutput) -> dict[str, Tensor]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gamma_po.types import Evidence, PairLogps, PairRewards
+
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
 def log_ratio_rewards(evidence: Evidence, beta: float) -> PairRewards:
@@ -83,9 +89,47 @@ def log_odds(logp: Tensor) -> Tensor:
     >>> log_odds(torch.tensor([0.5, 0.9]).log())
     tensor([0.0000, 2.1972])
     """
-    capped = logp.detach().clamp(max=-torch.finfo(logp.dtype).eps)
-    logp = capped + (logp - logp.detach())
+    logp = _held(logp, -math.inf, -torch.finfo(logp.dtype).eps)
     return logp - torch.log(-torch.expm1(logp))
+
+
+def divergence_score(log_ratio: Tensor, divergence: Divergence, alpha: float | None = None) -> Tensor:
+    """Return f'(exp(r)) of the divergence's generator f: what stands for the log-ratio r in its reward.
+
+    reverse_kl: r. forward_kl: 1 - exp(-r). js_divergence: log 2 + log s(r). alpha_divergence: (1 - exp(-α r)) / α,
+    which lies between the two KL divergences. All grow with r and are 0 at r = 0.
+
+    Where an exponent leaves 0.45 of the dtype's range (beyond ±39.9 in float32, ±319 in float64), value and slope
+    are those at its end, so that the score and its square stay finite and no slope is zero.
+
+    Args:
+        log_ratio: r = log π(y) - log π_ref(y), [...], nats.
+        divergence: its name.
+        alpha: α in (0, 1), with alpha_divergence only.
+
+    Returns:
+        [...].
+
+    Source:
+        f-DPO, arXiv 2309.16240, its table of f'; TRL 1.16's coefficient is 1 - α.
+
+    >>> divergence_score(torch.tensor([1.0, -1.0]), "forward_kl")
+    tensor([ 0.6321, -1.7183])
+    """
+    limit = 0.45 * math.log(torch.finfo(log_ratio.dtype).max)
+    if divergence == "reverse_kl":
+        return log_ratio
+    if divergence == "js_divergence":
+        return math.log(2) + functional.logsigmoid(_held(log_ratio, -math.inf, limit))
+    power = 1.0 if alpha is None else alpha
+    exponent = -_held(power * log_ratio, -limit, limit)
+    growth = torch.exp(exponent)  # the slope of expm1, which torch takes from expm1 + 1: 0 where that rounds to 0
+    return -(torch.expm1(exponent.detach()) + (growth - growth.detach())) / power
+
+
+def _held(values: Tensor, low: float, high: float) -> Tensor:
+    """Values within the limits, with the gradient of the identity."""
+    return values.detach().clamp(low, high) + (values - values.detach())
 
 
 def _reference(evidence: Evidence) -> PairLogps:

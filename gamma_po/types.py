@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -16,12 +16,16 @@ from torch import Tensor
 
 
 class PairLogps(NamedTuple):
-    """Log-probabilities of the completions of P pairs under one model."""
+    """Log-probabilities of the completions of P pairs under one model; the last four fields where they are known."""
 
     chosen: Tensor  # [P] summed over the completion's tokens, nats
     rejected: Tensor  # [P]
     chosen_length: Tensor  # [P] number of completion tokens, >= 1
     rejected_length: Tensor  # [P]
+    chosen_shared: Tensor | None = None  # [P] as `chosen`, over the first min(chosen_length, rejected_length) tokens
+    rejected_shared: Tensor | None = None  # [P]
+    chosen_on_policy: Tensor | None = None  # [P] mean over tokens of log p(y) - log Σ_v p(v)², no graph, nats per token
+    rejected_on_policy: Tensor | None = None  # [P]
 
     @property
     def margin(self) -> Tensor:
@@ -38,9 +42,23 @@ class PairLogps(NamedTuple):
         """Log-probability per token of the rejected completion, [P], nats per token."""
         return self.rejected / self.rejected_length
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> PairLogps:
+        """Apply `function` to every field that is there."""
+        return _map_tensors(self, function)
+
     def detach(self) -> PairLogps:
         """The same values without their graph."""
-        return PairLogps(*(field.detach() for field in self))
+        return self.map(Tensor.detach)
+
+    @staticmethod
+    def joined(parts: Sequence[PairLogps]) -> PairLogps:
+        """The pairs of all parts, which have the same fields, in turn."""
+        columns = zip(*parts, strict=True)
+        return PairLogps._make(None if column[0] is None else torch.cat(column) for column in columns)
+
+    def swapped(self) -> PairLogps:
+        """Exchange chosen and rejected."""
+        return PairLogps._make(side for pair in zip(self[1::2], self[::2], strict=True) for side in pair)
 
 
 class Evidence(NamedTuple):
@@ -87,12 +105,13 @@ class ModelInput:
     """
 
     input_ids: Tensor  # [R, T]
-    attention_mask: Tensor  # [R, T] 1 where a token is, or [R, 1, T, T] True where a token may look
+    attention_mask: Tensor | None  # [R, T] 1 where a token is; None where there are groups
     position_ids: Tensor | None  # [R, T]; None where they are the columns
     predict_from: Tensor  # [N] position in the flattened [R * T] whose hidden state predicts the token
     targets: Tensor  # [N] the completion tokens
     sequence: Tensor  # [N] which of the S sequences the token belongs to
     lengths: Tensor  # [S] number of completion tokens of each sequence
+    groups: tuple[tuple[int, ...], ...] | None = None  # R = 1: how the row divides; see gamma_po.attention
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Move every tensor to `device`."""
@@ -113,19 +132,25 @@ class PreferenceBatch:
     def __init__(
         self,
         *,
-        model_input: ModelInput,
+        model_inputs: tuple[ModelInput, ...],
         index: Tensor,
         weight: Tensor,
         flipped: Tensor,
         reference: PairLogps | None = None,
         column: Tensor | None = None,
     ) -> None:
-        self.model_input = model_input
+        self.model_inputs = model_inputs  # of one forward, or of several in turn that hold no more than was allowed
         self.index = index  # [P] row of the pair in its dataset
-        self.weight = weight  # [P] 1 for a pair, 0 for padding that only keeps ranks in step
+        self.weight = weight  # [P] P / (pairs per micro-batch on average); 0 for padding that keeps ranks in step
         self.flipped = flipped  # [P] True where label noise swapped chosen and rejected
         self.reference = reference  # [P] each, float32, from the reference cache
         self.column = column  # [P] margin column of the data
+
+    @property
+    def model_input(self) -> ModelInput:
+        """The only forward of a batch that is not cut; `gamma_po.forwards.score` takes any batch."""
+        (model_input,) = self.model_inputs
+        return model_input
 
     @property
     def num_pairs(self) -> int:
@@ -153,4 +178,6 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return type(value)(**fields)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map_tensors(item, function) for item in value))
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(item, function) for item in value)
     return value

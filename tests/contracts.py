@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,11 @@ from gamma_po.data.formatting import Columns, read_preferences
 from gamma_po.data.tokenization import Tokenization, tokenize_preferences
 from gamma_po.errors import ConfigError
 from gamma_po.layouts import LAYOUTS
-from gamma_po.losses import Loss, build_loss, gradient_weight, require_margin_fits
+from gamma_po.losses import LOSSES, Loss, build_loss, gradient_weight, require_margin_fits
 from gamma_po.margins import Margin, build_margin
-from gamma_po.margins.base import state_from_plain, state_to_plain
 from gamma_po.module import PreferenceModule
 from gamma_po.ranks import Gathered, Ranks
+from gamma_po.state import state_from_plain, state_to_plain
 from gamma_po.types import Evidence, PairLogps, PreferenceBatch
 from tests import oracle
 from tests.tiny import tiny_tokenizer
@@ -31,19 +32,25 @@ STRICT = 1e-12  # float64 against float64
 
 
 def random_evidence(num_pairs: int = 6, seed: int = 0, *, reference: bool = True) -> Evidence:
-    """Plausible float64 log-probabilities of policy and reference, with different lengths."""
-    generator = torch.Generator().manual_seed(seed)
+    """Plausible float64 log-probabilities of policy and reference, with different lengths; every field is there."""
+    generator, extra = (torch.Generator().manual_seed(number) for number in (seed, seed + 1000))
 
     def lengths() -> Tensor:
         return torch.randint(1, 40, (num_pairs,), generator=generator)
 
     chosen_length, rejected_length = lengths(), lengths()
 
-    def logps() -> PairLogps:
+    def logps(*, on_policy: bool) -> PairLogps:
         per_token = torch.rand(2, num_pairs, generator=generator, dtype=torch.float64) + 0.2
-        return PairLogps(-per_token[0] * chosen_length, -per_token[1] * rejected_length, chosen_length, rejected_length)
+        chosen, rejected = -per_token[0] * chosen_length, -per_token[1] * rejected_length
+        shared = torch.minimum(chosen_length, rejected_length)
+        bend, drift = torch.rand(2, 2, num_pairs, generator=extra, dtype=torch.float64)  # later tokens are likelier
+        chosen_shared = chosen * (shared / chosen_length) ** (0.5 + bend[0] / 2)
+        rejected_shared = rejected * (shared / rejected_length) ** (0.5 + bend[1] / 2)
+        sums = chosen, rejected, chosen_length, rejected_length, chosen_shared, rejected_shared
+        return PairLogps(*sums, *(drift - 0.7)) if on_policy else PairLogps(*sums)
 
-    return Evidence(logps(), logps() if reference else None)
+    return Evidence(logps(on_policy=True), logps(on_policy=False) if reference else None)
 
 
 def with_gradient(evidence: Evidence) -> tuple[Evidence, Tensor, Tensor]:
@@ -71,6 +78,10 @@ class LossContract:
         """The loss by its paper."""
         raise AssertionError("give the formula")
 
+    def evidence(self, num_pairs: int = 6, seed: int = 0, *, reference: bool = True) -> Evidence:
+        """What the loss is tried on."""
+        return random_evidence(num_pairs, seed, reference=reference)
+
     def moved(self, loss: Loss, evidence: Evidence, chosen: Tensor | float, rejected: Tensor | float) -> Evidence:
         """The evidence after adding to the chosen and rejected rewards; they are linear in the log-probabilities."""
         leaves, *logps = with_gradient(evidence)
@@ -85,8 +96,8 @@ class LossContract:
     def test_equals_the_textbook_formula_in_value_and_gradient(self) -> None:
         target_margin = torch.linspace(-0.5, 2.0, 6, dtype=torch.float64)
         for loss, options in self._cases():
-            ours, *our_leaves = with_gradient(random_evidence())
-            theirs, *their_leaves = with_gradient(random_evidence())
+            ours, *our_leaves = with_gradient(self.evidence())
+            theirs, *their_leaves = with_gradient(self.evidence())
             value, formula = loss(ours, target_margin), self.expected(theirs, target_margin, **options)
             torch.testing.assert_close(value, formula, rtol=STRICT, atol=STRICT)
             weights = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
@@ -102,20 +113,20 @@ class LossContract:
     def test_without_a_margin_it_is_the_base_loss(self) -> None:
         none = torch.zeros(6, dtype=torch.float64)
         for loss, options in self._cases():
-            formula = self.expected(random_evidence(seed=1), none, **options)
-            torch.testing.assert_close(loss(random_evidence(seed=1), none), formula, rtol=STRICT, atol=STRICT)
+            formula = self.expected(self.evidence(seed=1), none, **options)
+            torch.testing.assert_close(loss(self.evidence(seed=1), none), formula, rtol=STRICT, atol=STRICT)
 
     def test_one_loss_per_pair_in_the_dtype_of_the_evidence(self) -> None:
         for loss, _ in self._cases():
             for count in (1, 5):
                 for dtype in (torch.float32, torch.float64):
-                    value = loss(_cast(random_evidence(count), dtype), torch.zeros(count, dtype=dtype))
+                    value = loss(_cast(self.evidence(count), dtype), torch.zeros(count, dtype=dtype))
                     assert value.shape == (count,) and value.dtype == dtype
 
     def test_no_gradient_reaches_the_margin_or_the_reference(self) -> None:
         for loss, _ in self._cases():
             target_margin = torch.full((6,), 0.3, dtype=torch.float64, requires_grad=True)
-            evidence, chosen, _ = with_gradient(random_evidence())
+            evidence, chosen, _ = with_gradient(self.evidence())
             reference = evidence.reference.chosen.requires_grad_() if loss.needs_reference else target_margin
             loss(evidence, target_margin * 1.0).sum().backward()
             assert target_margin.grad is None and reference.grad is None
@@ -124,13 +135,13 @@ class LossContract:
     def test_calling_twice_gives_the_same_bits(self) -> None:
         for loss, _ in self._cases():
             target_margin = torch.ones(6, dtype=torch.float64)
-            assert torch.equal(loss(random_evidence(), target_margin), loss(random_evidence(), target_margin))
+            assert torch.equal(loss(self.evidence(), target_margin), loss(self.evidence(), target_margin))
 
     def test_a_reference_is_read_only_where_the_loss_says_so(self) -> None:
         for loss, _ in self._cases():
             if not loss.needs_reference:
                 none = torch.zeros(6, dtype=torch.float64)
-                assert torch.equal(loss(random_evidence(reference=False), none), loss(random_evidence(), none))
+                assert torch.equal(loss(self.evidence(reference=False), none), loss(self.evidence(), none))
 
     def test_the_margin_shifts_the_reward_margin(self) -> None:
         """loss(h, γ) = loss(h - γ, 0): move the rewards apart by γ and the margin is undone."""
@@ -139,38 +150,38 @@ class LossContract:
             self.undoes
         ]
         for loss, _ in self._cases():
-            shifted = loss(self.moved(loss, random_evidence(), chosen, rejected), target_margin)
-            plain = loss(random_evidence(), torch.zeros(6, dtype=torch.float64))
+            shifted = loss(self.moved(loss, self.evidence(), chosen, rejected), target_margin)
+            plain = loss(self.evidence(), torch.zeros(6, dtype=torch.float64))
             torch.testing.assert_close(shifted, plain, rtol=1e-9, atol=1e-10)
 
     def test_the_order_of_the_pairs_does_not_matter(self) -> None:
         order = torch.tensor([3, 0, 5, 1, 4, 2])
         target_margin = torch.linspace(-0.5, 2.0, 6, dtype=torch.float64)
         for loss, _ in self._cases():
-            permuted = loss(rows_of(random_evidence(), order), target_margin[order])
-            plain = loss(random_evidence(), target_margin)[order]
+            permuted = loss(rows_of(self.evidence(), order), target_margin[order])
+            plain = loss(self.evidence(), target_margin)[order]
             torch.testing.assert_close(permuted, plain, rtol=STRICT, atol=STRICT)
 
     def test_pairs_are_coupled_exactly_where_the_loss_says_so(self) -> None:
         target_margin = torch.linspace(-0.5, 2.0, 6, dtype=torch.float64)
         for loss, _ in self._cases():
             parts = [
-                loss(rows_of(random_evidence(), rows), target_margin[rows]) for rows in torch.arange(6).split([1, 3, 2])
+                loss(rows_of(self.evidence(), rows), target_margin[rows]) for rows in torch.arange(6).split([1, 3, 2])
             ]
-            difference = (torch.cat(parts) - loss(random_evidence(), target_margin)).abs().max()
+            difference = (torch.cat(parts) - loss(self.evidence(), target_margin)).abs().max()
             assert (difference > 1e-3) if loss.couples_pairs else (difference == 0)
 
     def test_two_ranks_give_the_losses_and_gradients_of_one(self) -> None:
         target_margin = torch.linspace(-0.5, 2.0, 6, dtype=torch.float64)
         for loss, _ in self._cases():
-            one, *leaves = with_gradient(random_evidence())
+            one, *leaves = with_gradient(self.evidence())
             whole = loss(one, target_margin)
             gradients = torch.autograd.grad(whole.sum(), leaves, materialize_grads=True)
             pieces = torch.arange(6).split([2, 4])
 
             def step(ranks: Ranks, loss: Loss = loss, pieces: Any = pieces) -> tuple[Tensor, ...]:
                 rows = pieces[ranks.rank]
-                part, *leaves = with_gradient(rows_of(random_evidence(), rows))
+                part, *leaves = with_gradient(rows_of(self.evidence(), rows))
                 value = loss(part, target_margin[rows], ranks)
                 return value.detach(), *torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
 
@@ -184,10 +195,13 @@ class LossContract:
         grid = torch.cartesian_prod(values, values, values[[0, 2, 5]], values[[0, 2, 5]])
         one = torch.ones(len(grid), dtype=torch.long)
         chosen, rejected, reference_chosen, reference_rejected = grid.T
-        reference = PairLogps(reference_chosen, reference_rejected, one, one)
+        of_reference = reference_chosen, reference_rejected
+        reference = PairLogps(*of_reference, one, one, *of_reference)
         target_margin = torch.linspace(-1, 20, len(grid), dtype=dtype)
         for loss, _ in self._cases():
-            evidence, *leaves = with_gradient(Evidence(PairLogps(chosen, rejected, one, one), reference))
+            certain = torch.zeros_like(chosen), torch.zeros_like(chosen)
+            policy = PairLogps(chosen, rejected, one, one, chosen, rejected, *certain)
+            evidence, *leaves = with_gradient(Evidence(policy, reference))
             value = loss(evidence, target_margin)
             gradients = torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
             for result in (value, *gradients, gradient_weight(loss, evidence, target_margin)):
@@ -202,10 +216,10 @@ class LossContract:
             for pair in range(6):
                 up = torch.zeros(6, dtype=torch.float64).index_fill(0, torch.tensor([pair]), step)
                 sums = [
-                    loss(self.moved(loss, random_evidence(), sign * up, 0.0), target_margin).sum() for sign in (1, -1)
+                    loss(self.moved(loss, self.evidence(), sign * up, 0.0), target_margin).sum() for sign in (1, -1)
                 ]
                 numeric[pair] = -(sums[0] - sums[1]) / (2 * step)
-            weight = gradient_weight(loss, random_evidence(), target_margin)
+            weight = gradient_weight(loss, self.evidence(), target_margin)
             torch.testing.assert_close(weight, numeric, rtol=1e-5, atol=1e-6)
 
     def test_a_margin_is_refused_exactly_where_the_loss_takes_none(self) -> None:
@@ -218,8 +232,10 @@ class LossContract:
                     require_margin_fits(loss, "kl")
 
     def test_unknown_options_are_refused_by_name(self) -> None:
-        known = self.positive[0] if self.positive else "none"
-        with pytest.raises(ConfigError, match=rf"{self.name} does not use the option 'temperature'.*{known}"):
+        known = ", ".join(field.name for field in dataclasses.fields(LOSSES[self.name])) or "none"
+        with pytest.raises(
+            ConfigError, match=f"{self.name} does not use the option 'temperature'; its options: {known}"
+        ):
             build_loss(self.name, temperature=1.0)
 
     def test_options_that_must_be_positive_are_checked(self) -> None:
@@ -230,11 +246,11 @@ class LossContract:
 
 def rows_of(evidence: Evidence, rows: Tensor) -> Evidence:
     """Policy and reference of the given pairs."""
-    return Evidence(*(part if part is None else PairLogps(*(field[rows] for field in part)) for part in evidence[:2]))
+    return evidence.map(lambda field: field[rows])
 
 
 def _cast(evidence: Evidence, dtype: torch.dtype) -> Evidence:
-    return Evidence(*(PairLogps(part[0].to(dtype), part[1].to(dtype), *part[2:]) for part in evidence[:2]))
+    return evidence.map(lambda field: field.to(dtype) if field.is_floating_point() else field)
 
 
 class _Thread(Ranks):
@@ -316,12 +332,8 @@ class MarginContract:
         for margin, state in self.margins():
             evidence = random_evidence()
             reward_margin = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-            moved = Evidence(
-                PairLogps(*(value[order] for value in evidence.policy)),
-                PairLogps(*(value[order] for value in evidence.reference)),
-            )
             plain, _ = margin(reward_margin, evidence, state)
-            permuted, _ = margin(reward_margin[order], moved, state)
+            permuted, _ = margin(reward_margin[order], rows_of(evidence, order), state)
             torch.testing.assert_close(permuted, plain[order], rtol=0, atol=1e-10)
 
     def test_unknown_options_are_refused_by_name(self) -> None:

@@ -26,6 +26,14 @@ def sequence_logp(model: nn.Module, prompt: Tensor, completion: Tensor) -> Tenso
     return total
 
 
+def token_logps(model: nn.Module, prompt: Tensor, completion: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(y_t) and log Σ_v p_t(v)² at every token of a completion, from the model's full logits."""
+    tokens = torch.cat([prompt, completion]).long()[None]
+    rows = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    p = torch.softmax(rows, dim=1)
+    return torch.log(p[range(len(completion)), completion.long()]), torch.log((p * p).sum(dim=1))
+
+
 def pair_logps(model: nn.Module, pairs: list[TokenizedPair]) -> tuple[Tensor, Tensor]:
     """Chosen and rejected log-probabilities of all pairs."""
     chosen = torch.stack([sequence_logp(model, pair.prompt, pair.chosen) for pair in pairs])

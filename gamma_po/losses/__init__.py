@@ -10,12 +10,14 @@ from typing import Any
 
 from gamma_po.errors import unknown_name
 from gamma_po.losses.base import Loss, PairwiseLoss, TwoSidedLoss, gradient_weight, require_margin_fits
-from gamma_po.losses.combined import SFT, WeightedSum, WithSFT
+from gamma_po.losses.combined import SFT, WeightedSum
 from gamma_po.losses.dpo import DPO, DPOP, RDPO, DPONorm, RobustDPO
+from gamma_po.losses.dynamic_beta import BetaDPO
 from gamma_po.losses.log_ratio import IPO, DiscoPOP, EXOPair, Hinge
 from gamma_po.losses.reference_free import CPO, ORPO, SimPO
 from gamma_po.losses.transport import AOT, AOTUnpaired
 from gamma_po.losses.two_sided import APODown, APOZero, BCOPair, KTOPair, NCAPair, SPPOHard
+from gamma_po.losses.wrapped import FDPO, LDDPO, WPO, WithSFT
 from gamma_po.registry import build
 
 LOSSES: dict[str, type[Loss]] = {
@@ -39,6 +41,10 @@ LOSSES: dict[str, type[Loss]] = {
     "aot_unpaired": AOTUnpaired,
     "discopop": DiscoPOP,
     "dpop": DPOP,
+    "f_dpo": FDPO,
+    "ld_dpo": LDDPO,
+    "beta_dpo": BetaDPO,
+    "wpo": WPO,
     "sft": SFT,
     "with_sft": WithSFT,
     "weighted_sum": WeightedSum,
@@ -64,15 +70,19 @@ __all__ = [
     "CPO",
     "DPO",
     "DPOP",
+    "FDPO",
     "IPO",
+    "LDDPO",
     "LOSSES",
     "ORPO",
     "RDPO",
     "SFT",
+    "WPO",
     "AOTUnpaired",
     "APODown",
     "APOZero",
     "BCOPair",
+    "BetaDPO",
     "DPONorm",
     "DiscoPOP",
     "EXOPair",

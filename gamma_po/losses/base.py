@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,13 @@ from torch import Tensor
 from gamma_po import rewards
 from gamma_po.errors import ConfigError, require
 from gamma_po.ranks import Local, Ranks
-from gamma_po.types import Evidence, PairRewards
+from gamma_po.state import NoState
+from gamma_po.types import Evidence, PairLogps, PairRewards
+
+MEANING = {
+    "shared": "log-probabilities summed over the first min(chosen_length, rejected_length) tokens",
+    "on_policy": "means over the completion's tokens of log p(token) - log Σ_v p(v)²",
+}
 
 
 class Loss(ABC):
@@ -27,6 +33,37 @@ class Loss(ABC):
     centers_kl: ClassVar[bool] = True  # dpo-like: uniform γ should leave the base loss unchanged
     takes_margin: ClassVar[bool] = True  # False: no preference in the loss, so a margin is an error
     couples_pairs: ClassVar[bool] = False  # True: a pair's loss depends on the other pairs of the micro-batch
+    matches_pairs: ClassVar[bool] = False  # True: it compares completions of different pairs
+    needs_shared: ClassVar[bool] = False  # True: reads PairLogps.chosen_shared and rejected_shared
+    needs_on_policy: ClassVar[bool] = False  # True: reads chosen_on_policy and rejected_on_policy of the policy
+
+    @property
+    def reward_scale(self) -> float | None:
+        """β, reward units per nat; None for a loss without β."""
+        return getattr(self, "beta", None)
+
+    def init(self) -> Any:
+        """Return the state before the first step."""
+        return NoState()
+
+    def step(self, evidence: Evidence, state: Any, ranks: Ranks | None = None) -> tuple[Loss, Any]:
+        """Return the loss of one training step, and the next state.
+
+        Most losses are the same at every step. Evaluation takes no step: there a loss is called as it is.
+
+        Args:
+            evidence: of the step, [P] each; read without its graph.
+            state: from `init` or the previous step; not changed.
+            ranks: the processes of the run; one process if None.
+
+        Returns:
+            A loss without state for these pairs; and the next state, equal on every rank.
+        """
+        return self, state
+
+    def report(self, state: Any) -> dict[str, Tensor]:
+        """Return what to log of the state, [] each."""
+        return {}
 
     @abstractmethod
     def rewards(self, evidence: Evidence) -> PairRewards:
@@ -112,6 +149,27 @@ def require_smoothing(loss: Loss, label_smoothing: float) -> None:
     require(0 <= label_smoothing < 0.5, f"{loss.name}.label_smoothing", label_smoothing, "0 <= ε < 0.5")
 
 
+def known(logps: PairLogps | None, field: str, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Return an optional field of chosen and rejected, [P] each.
+
+    Args:
+        logps: of policy or reference.
+        field: "shared" or "on_policy".
+        loss: that reads it.
+
+    Raises:
+        ConfigError: it is not there; naming the loss and the fields.
+    """
+    assert logps is not None, f"{loss.name} needs the reference's log-probabilities"
+    chosen, rejected = getattr(logps, f"chosen_{field}"), getattr(logps, f"rejected_{field}")
+    if chosen is None or rejected is None:
+        raise ConfigError(
+            f"the loss {loss.name!r} needs chosen_{field} and rejected_{field} of PairLogps, which are not given: "
+            f"{MEANING[field]}"
+        )
+    return chosen, rejected
+
+
 def require_margin_fits(loss: Loss, margin: str) -> None:
     """Refuse a margin for a loss that compares nothing.
 
@@ -145,10 +203,11 @@ def gradient_weight(loss: Loss, evidence: Evidence, target_margin: Tensor, ranks
         [P], detached.
     """
     with torch.enable_grad():
-        chosen = evidence.policy.chosen.detach().requires_grad_()
-        policy = evidence.policy.detach()._replace(chosen=chosen)
-        leaf = evidence._replace(policy=policy)
+        policy = evidence.policy.detach()
+        more = torch.zeros_like(policy.chosen, requires_grad=True)  # nats, on a token that both completions have
+        shared = policy.chosen_shared if policy.chosen_shared is None else policy.chosen_shared + more
+        leaf = evidence._replace(policy=policy._replace(chosen=policy.chosen + more, chosen_shared=shared))
         per_pair = loss(leaf, target_margin.detach(), ranks or Local())
-        (of_loss,) = torch.autograd.grad(per_pair.sum(), chosen)
-        (of_reward,) = torch.autograd.grad(loss.rewards(leaf).chosen.sum(), chosen)
+        (of_loss,) = torch.autograd.grad(per_pair.sum(), more)
+        (of_reward,) = torch.autograd.grad(loss.rewards(leaf).chosen.sum(), more)
     return -of_loss / of_reward

@@ -1,20 +1,31 @@
-"""Losses made of losses: weighted sums (MPO), and the likelihood term that may join any loss (RPO)."""
+"""Weighted sums of losses (MPO), and the likelihood that may be one of them."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gamma_po import rewards
 from gamma_po.errors import require
-from gamma_po.losses.base import Loss, require_positive
+from gamma_po.losses.base import Loss
 from gamma_po.losses.dpo import DPO
 from gamma_po.losses.two_sided import BCOPair
 from gamma_po.ranks import Ranks
 from gamma_po.types import Evidence, PairRewards
+
+
+def of_any(attribute: str) -> Any:
+    """Return a property that is true if it is for any of the losses."""
+    return property(lambda total: any(getattr(loss, attribute) for loss in total.losses))
+
+
+def of_first(attribute: str) -> Any:
+    """Return a property that is the first loss's, whose rewards count."""
+    return property(lambda total: getattr(total.losses[0], attribute))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,58 +56,6 @@ class SFT(Loss):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithSFT(Loss):
-    """Any loss plus λ times the chosen completion's negative log-likelihood per token: loss - λ a/n_w.
-
-    Args:
-        loss: the preference loss; its rewards are the rewards.
-        sft_weight: λ > 0.
-
-    Source:
-        RPO, arXiv 2404.19733, its loss with DPO.
-    """
-
-    name: ClassVar[str] = "with_sft"
-    formula: ClassVar[str] = "loss - λ a/n_w"
-    source: ClassVar[str] = "RPO, arXiv 2404.19733"
-
-    loss: Loss
-    sft_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        require_positive(self, "sft_weight")
-
-    @property
-    def needs_reference(self) -> bool:  # type: ignore[override]
-        """As the loss."""
-        return self.loss.needs_reference
-
-    @property
-    def centers_kl(self) -> bool:  # type: ignore[override]
-        """As the loss."""
-        return self.loss.centers_kl
-
-    @property
-    def takes_margin(self) -> bool:  # type: ignore[override]
-        """As the loss."""
-        return self.loss.takes_margin
-
-    @property
-    def couples_pairs(self) -> bool:  # type: ignore[override]
-        """As the loss."""
-        return self.loss.couples_pairs
-
-    def rewards(self, evidence: Evidence) -> PairRewards:
-        """The loss's rewards."""
-        return self.loss.rewards(evidence)
-
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
-        """The loss and the likelihood of the chosen completion."""
-        return self.loss(evidence, target_margin, ranks) - self.sft_weight * evidence.policy.mean_chosen
-
-
-@dataclass(frozen=True, kw_only=True)
 class WeightedSum(Loss):
     """Weighted sum of losses: Σ_k w_k loss_k(γ). The default is MPO: 0.8 DPO + 0.2 BCO + 1.0 SFT.
 
@@ -115,6 +74,15 @@ class WeightedSum(Loss):
     formula: ClassVar[str] = "Σ_k w_k loss_k"
     source: ClassVar[str] = "MPO, arXiv 2411.10442"
 
+    needs_reference = of_any("needs_reference")
+    centers_kl = of_first("centers_kl")
+    takes_margin = of_any("takes_margin")
+    couples_pairs = of_any("couples_pairs")
+    matches_pairs = of_any("matches_pairs")
+    needs_shared = of_any("needs_shared")
+    needs_on_policy = of_any("needs_on_policy")
+    reward_scale = of_first("reward_scale")
+
     losses: tuple[Loss, ...] = field(default_factory=lambda: (DPO(), BCOPair(), SFT()))
     weights: tuple[float, ...] = (0.8, 0.2, 1.0)
 
@@ -127,25 +95,20 @@ class WeightedSum(Loss):
         fits = len(self.weights) == len(names) and all(weight > 0 for weight in self.weights)
         require(fits, "weighted_sum.weights", self.weights, f"{len(names)} numbers > 0, one for each of {names}")
 
-    @property
-    def needs_reference(self) -> bool:  # type: ignore[override]
-        """If any loss does."""
-        return any(loss.needs_reference for loss in self.losses)
+    def init(self) -> tuple[Any, ...]:
+        """Every loss's state."""
+        return tuple(loss.init() for loss in self.losses)
 
-    @property
-    def centers_kl(self) -> bool:  # type: ignore[override]
-        """As the first loss, whose rewards count."""
-        return self.losses[0].centers_kl
+    def step(self, evidence: Evidence, state: Any, ranks: Ranks | None = None) -> tuple[Loss, Any]:
+        """Every loss's step."""
+        steps = [loss.step(evidence, part, ranks) for loss, part in zip(self.losses, state, strict=True)]
+        losses, states = zip(*steps, strict=True)
+        return dataclasses.replace(self, losses=losses), states
 
-    @property
-    def takes_margin(self) -> bool:  # type: ignore[override]
-        """If any loss does."""
-        return any(loss.takes_margin for loss in self.losses)
-
-    @property
-    def couples_pairs(self) -> bool:  # type: ignore[override]
-        """If any loss does."""
-        return any(loss.couples_pairs for loss in self.losses)
+    def report(self, state: Any) -> dict[str, Tensor]:
+        """What the losses report, by their names."""
+        parts = zip(self.losses, state, strict=True)
+        return {f"{loss.name}/{key}": value for loss, part in parts for key, value in loss.report(part).items()}
 
     def rewards(self, evidence: Evidence) -> PairRewards:
         """The first loss's rewards."""

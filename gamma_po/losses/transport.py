@@ -19,24 +19,17 @@ from gamma_po.types import Evidence
 
 
 @dataclass(frozen=True, kw_only=True)
-class AOT(LogRatioRewards):
-    """Paired alignment via optimal transport: ℓ of sorted β (a - b) - γ against sorted β (a0 - b0).
-
-    The policy's margins are asked to dominate the reference's as distributions; γ_i lowers the i-th policy margin
-    before sorting.
+class TransportLoss(LogRatioRewards):
+    """What both variants share.
 
     Args:
         beta: reward units per nat, > 0.
         label_smoothing: ε in [0, 0.5).
-
-    Source:
-        AOT, arXiv 2406.05882, paired, with the logistic loss.
     """
 
-    name: ClassVar[str] = "aot"
-    formula: ClassVar[str] = "(1-ε) ℓ(x) + ε ℓ(-x), x = sort(β (a-b) - γ) - sort(β (a0-b0))"
     source: ClassVar[str] = "AOT, arXiv 2406.05882"
     couples_pairs: ClassVar[bool] = True
+    matches_pairs: ClassVar[bool] = True
 
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -45,6 +38,28 @@ class AOT(LogRatioRewards):
         """Check the options."""
         super().__post_init__()
         require_smoothing(self, self.label_smoothing)
+
+    def of_match(self, better: Tensor, worse: Tensor) -> Tensor:
+        """Logistic loss of matched values."""
+        return links.logistic(better, worse, self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AOT(TransportLoss):
+    """Paired alignment via optimal transport: ℓ of sorted β (a - b) - γ against sorted β (a0 - b0).
+
+    The policy's margins are asked to dominate the reference's as distributions; γ_i lowers the i-th policy margin
+    before sorting.
+
+    Args:
+        beta, label_smoothing: see `TransportLoss`.
+
+    Source:
+        AOT, arXiv 2406.05882, paired, with the logistic loss.
+    """
+
+    name: ClassVar[str] = "aot"
+    formula: ClassVar[str] = "(1-ε) ℓ(x) + ε ℓ(-x), x = sort(β (a-b) - γ) - sort(β (a0-b0))"
 
     def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
         """Match by rank: the k-th policy margin with the k-th reference margin."""
@@ -53,18 +68,17 @@ class AOT(LogRatioRewards):
         policy = self.beta * evidence.policy.margin - target_margin.detach()
         reference = self.beta * evidence.reference.margin.detach()
         match = matched(ranks.gather(policy), ranks.gather(reference).values, len(policy))
-        return links.logistic(policy, match, self.label_smoothing)
+        return self.of_match(policy, match)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AOTUnpaired(LogRatioRewards):
+class AOTUnpaired(TransportLoss):
     """Unpaired alignment via optimal transport: ℓ of sorted chosen rewards against sorted rejected rewards.
 
     γ_i/2 is taken from the i-th chosen reward and added to the i-th rejected one before sorting.
 
     Args:
-        beta: reward units per nat, > 0.
-        label_smoothing: ε in [0, 0.5).
+        beta, label_smoothing: see `TransportLoss`.
 
     Source:
         AOT, arXiv 2406.05882, unpaired, with the logistic loss.
@@ -72,16 +86,6 @@ class AOTUnpaired(LogRatioRewards):
 
     name: ClassVar[str] = "aot_unpaired"
     formula: ClassVar[str] = "(1-ε) ℓ(x) + ε ℓ(-x), x = sort(β r_w - γ/2) - sort(β r_l + γ/2)"
-    source: ClassVar[str] = "AOT, arXiv 2406.05882"
-    couples_pairs: ClassVar[bool] = True
-
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        require_smoothing(self, self.label_smoothing)
 
     def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
         """Match by rank: the k-th chosen reward with the k-th rejected reward.
@@ -94,12 +98,9 @@ class AOTUnpaired(LogRatioRewards):
         chosen, rejected = pair.chosen - half, pair.rejected + half
         all_chosen, all_rejected = ranks.gather(chosen), ranks.gather(rejected)
         count = len(half)
-        of_chosen = self._logistic(chosen, matched(all_chosen, all_rejected.values, count))
-        of_rejected = self._logistic(matched(all_rejected, all_chosen.values, count), rejected)
+        of_chosen = self.of_match(chosen, matched(all_chosen, all_rejected.values, count))
+        of_rejected = self.of_match(matched(all_rejected, all_chosen.values, count), rejected)
         return of_chosen + (of_rejected - of_rejected.detach())
-
-    def _logistic(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return links.logistic(chosen, rejected, self.label_smoothing)
 
 
 def matched(mine: Gathered, others: Tensor, count: int) -> Tensor:

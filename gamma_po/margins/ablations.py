@@ -21,37 +21,44 @@ def reversed_ranks(score: Tensor, target_margin: Tensor) -> Tensor:
     """Give the largest γ to the smallest score, and so on; the mean of γ stays the same.
 
     Args:
-        score: [M]; ties share the average of what their ranks receive.
-        target_margin: [M].
+        score: [M]; ties share the average of what their ranks receive. Or [M, ...]: many pools side by side.
+        target_margin: shape of `score`.
 
     Returns:
-        [M].
+        Shape of `score`.
 
     >>> reversed_ranks(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.3, 0.1, 0.2]))
     tensor([0.1000, 0.3000, 0.2000])
     """
-    order = score.argsort(stable=True)
-    reversed_margin = torch.empty_like(target_margin)
-    reversed_margin[order] = target_margin.sort(descending=True).values
-    return shared_at_ties(score, reversed_margin)
+    return shared_at_ties(score, _given_by_rank(score, target_margin.sort(dim=0, descending=True).values))
 
 
 def shared_at_ties(score: Tensor, target_margin: Tensor) -> Tensor:
     """Give entries of equal score the average of their γ's; the mean of γ stays the same.
 
     Args:
-        score: [M].
-        target_margin: [M].
+        score: [M], or [M, ...]: many pools side by side.
+        target_margin: shape of `score`.
 
     Returns:
-        [M].
+        Shape of `score`.
 
     >>> shared_at_ties(torch.tensor([2.0, 1.0, 2.0]), torch.tensor([0.5, 0.3, 0.0]))
     tensor([0.2500, 0.3000, 0.2500])
     """
-    _, group, count = score.unique(return_inverse=True, return_counts=True)
-    total = torch.zeros_like(target_margin[: len(count)]).index_add(0, group, target_margin)
-    return torch.where(count[group] > 1, (total / count)[group], target_margin)
+    order = score.argsort(dim=0, stable=True)
+    ordered, margin = score.gather(0, order), target_margin.gather(0, order)
+    starts = torch.ones_like(order)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    group = starts.cumsum(0) - 1
+    total = torch.zeros_like(margin).scatter_add(0, group, margin).gather(0, group)
+    count = torch.zeros_like(margin).scatter_add(0, group, torch.ones_like(margin)).gather(0, group)
+    return _given_by_rank(score, torch.where(count > 1, total / count, margin))
+
+
+def _given_by_rank(score: Tensor, by_rank: Tensor) -> Tensor:
+    """Give the first of `by_rank` to the smallest score of its pool, and so on; [M, ...] each."""
+    return torch.empty_like(by_rank).scatter(0, score.argsort(dim=0, stable=True), by_rank)
 
 
 class PoolWrapper(Margin):
@@ -172,7 +179,6 @@ class Shuffled(PoolWrapper):
         step = 0 if self.inner.needs_fit else int(state.steps)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         permutation = torch.randperm(len(pool.score), generator=generator).to(pool.score.device)
-        target_margin = torch.empty_like(pool.target_margin)
-        target_margin[pool.score.argsort(stable=True)] = pool.target_margin.sort().values[permutation]
-        target_margin = shared_at_ties(pool.score, target_margin)
+        permuted = pool.target_margin.sort(dim=0).values[permutation]
+        target_margin = shared_at_ties(pool.score, _given_by_rank(pool.score, permuted))
         return as_target_margin(target_margin[pool.position], reward_margin), ShuffledState(inner, state.steps + 1)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
+from gamma_po.errors import ConfigError, require
 from gamma_po.losses.base import Loss
 from gamma_po.ranks import Ranks
+from gamma_po.state import NoState
 from gamma_po.types import Evidence, PairLogps
-
-
-class NoState(NamedTuple):
-    """The state of a margin that remembers nothing."""
 
 
 class Pool(NamedTuple):
@@ -75,10 +74,34 @@ class PoolMargin(Margin):
         """Return the pool and the next state."""
 
 
-def float64(values: Tensor) -> Tensor:
-    """Return a detached copy or view in float64, on the CPU where the device (Apple's MPS) has no float64."""
-    values = values.detach()
-    return (values.cpu() if values.device.type == "mps" else values).double()
+@dataclass(frozen=True, kw_only=True)
+class BetaMargin(Margin):
+    """What margins share that depend on the loss's β.
+
+    Args:
+        beta: β > 0, reward units per nat. If not given: that of the loss it is used with.
+    """
+
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check β."""
+        require(self.beta is None or self.beta > 0, f"{self.name}.beta", self.beta, "a number > 0, or null")
+
+    def bind(self, loss: Loss) -> BetaMargin:
+        """Take β from the loss where it was left open."""
+        if self.beta is not None:
+            return self
+        if loss.reward_scale is None:
+            raise ConfigError(f"{self.name}.beta is undecided: the loss {loss.name!r} has no beta, so give one")
+        return dataclasses.replace(self, beta=loss.reward_scale)
+
+    @property
+    def decided_beta(self) -> float:
+        """β, given or bound."""
+        if self.beta is None:
+            raise ConfigError(f"{self.name}.beta is undecided: give beta, or bind the margin to a loss")
+        return self.beta
 
 
 def as_target_margin(target_margin: Tensor, reward_margin: Tensor) -> Tensor:
@@ -92,28 +115,3 @@ def strength(margin: Any) -> float | None:
     if hasattr(margin, "gamma0") and hasattr(margin, "tau"):
         return margin.gamma0 / margin.tau
     return None
-
-
-def state_to_plain(state: Any) -> Any:
-    """Turn nested NamedTuples into dicts, which `torch.load(weights_only=True)` accepts."""
-    if isinstance(state, tuple) and hasattr(state, "_asdict"):
-        return {key: state_to_plain(value) for key, value in state._asdict().items()}
-    return state
-
-
-def state_from_plain(template: Any, plain: Any) -> Any:
-    """Turn dicts back into the NamedTuples of `template`, e.g. of `margin.init()`."""
-    if isinstance(template, tuple) and hasattr(template, "_fields"):
-        return type(template)(*(state_from_plain(getattr(template, key), plain[key]) for key in template._fields))
-    return plain
-
-
-def state_to_device(state: Any, device: torch.device) -> Any:
-    """Move the tensors of a state; their dtypes stay as they are, and float64 stays where MPS could not hold it."""
-    if isinstance(state, Tensor):
-        if device.type == "mps" and state.dtype == torch.float64:
-            return state.cpu()
-        return state.to(device)
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(state_to_device(value, device) for value in state))
-    return state

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from gamma_po.errors import ConfigError, require
 from gamma_po.losses.base import Loss
-from gamma_po.margins.base import Pool, PoolMargin, as_target_margin, float64
+from gamma_po.margins.base import Pool, PoolMargin, as_target_margin
 from gamma_po.margins.solver import mirror_descent_margins, priced_kl_margins, solve_kl_margins
 from gamma_po.ranks import Local, Ranks
+from gamma_po.state import float64
 from gamma_po.types import Evidence
 
 

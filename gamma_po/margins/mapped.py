@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import ConfigError, require
-from gamma_po.margins.base import Pool, PoolMargin, as_target_margin, float64
+from gamma_po.losses.base import Loss
+from gamma_po.margins.base import BetaMargin, Pool, PoolMargin, as_target_margin
 from gamma_po.margins.maps import MapShape, Piecewise, location_and_scale
 from gamma_po.ranks import Ranks
+from gamma_po.state import float64
 from gamma_po.types import Evidence, PairLogps
 
 
@@ -25,7 +27,7 @@ class Fitted(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Map(PoolMargin):
+class Map(BetaMargin, PoolMargin):
     """γ = g((m - location) / scale), m = log π_ref(chosen) - log π_ref(rejected).
 
     Two steps: the frozen reference scores every training pair once, and the map turns its margin into γ.
@@ -36,14 +38,16 @@ class Map(PoolMargin):
         standardize: what g sees: m as it is, its z-score, its robust z-score (median, 1.4826 MAD), or its quantile
             in the training split, in [0, 1] with mid-ranks for ties (with Power: gmax F(m)^p).
         length_norm: use log-probabilities per token in m.
-        budget: rescale γ so that its mean over the training split is this, reward units; None for no rescaling.
+        budget: rescale γ so that its mean over the training split is this, in `units`; None for no rescaling.
+        units: of what g gives. "reward": γ is g. "logratio": γ is β g, that is, g is taken from the log-ratios.
+        beta: β > 0 of `units: logratio`. If not given: that of the loss it is used with.
 
     Source:
         the published review of γ-PO (arXiv 2506.03690): a mapping function of the reference's margin.
     """
 
     name: ClassVar[str] = "map"
-    formula: ClassVar[str] = "γ = g(z(m)), m = log π_ref(chosen) - log π_ref(rejected)"
+    formula: ClassVar[str] = "γ = g(z(m)) (units: logratio: β g), m = log π_ref(chosen) - log π_ref(rejected)"
     source: ClassVar[str] = "review of arXiv 2506.03690"
     needs_reference: ClassVar[bool] = True
     needs_fit: ClassVar[bool] = True
@@ -52,12 +56,21 @@ class Map(PoolMargin):
     standardize: Literal["raw", "z", "robust_z", "quantile"] = "robust_z"
     length_norm: bool = False
     budget: float | None = None
+    units: Literal["reward", "logratio"] = "reward"
 
     def __post_init__(self) -> None:
         """Check the options."""
         allowed = ("raw", "z", "robust_z", "quantile")
         require(self.standardize in allowed, "map.standardize", self.standardize, ", ".join(allowed))
         require(self.budget is None or self.budget > 0, "map.budget", self.budget, "a number > 0, or null")
+        require(self.units in ("reward", "logratio"), "map.units", self.units, "reward, logratio")
+        unused = self.beta is not None and self.units == "reward"
+        require(not unused, "map.beta", self.beta, "nothing with map.units=reward, which does not read it")
+        super().__post_init__()
+
+    def bind(self, loss: Loss) -> BetaMargin:
+        """Take β from the loss where it is needed and was left open."""
+        return self if self.units == "reward" else super().bind(loss)
 
     def init(self) -> Fitted:
         """Not fitted."""
@@ -84,7 +97,7 @@ class Map(PoolMargin):
         self._check_fitted(state)
         assert evidence.reference is not None
         position = torch.searchsorted(state.score, self._score(evidence.reference)).clamp(max=len(state.score) - 1)
-        return Pool(state.score, self._apply(state.score, state), position), state
+        return Pool(state.score, self._unit * self._apply(state.score, state), position), state
 
     def __call__(
         self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
@@ -92,7 +105,13 @@ class Map(PoolMargin):
         """The map of each pair's reference margin."""
         self._check_fitted(state)
         assert evidence.reference is not None, "the map margin reads the reference's log-probabilities"
-        return as_target_margin(self._apply(self._score(evidence.reference), state), reward_margin), state
+        target_margin = self._unit * self._apply(self._score(evidence.reference), state)
+        return as_target_margin(target_margin, reward_margin), state
+
+    @property
+    def _unit(self) -> float:
+        """Reward units per unit of g."""
+        return 1.0 if self.units == "reward" else self.decided_beta
 
     def _score(self, reference: PairLogps) -> Tensor:
         if self.length_norm:

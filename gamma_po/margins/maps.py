@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import DataError, require, unknown_name
-from gamma_po.margins.base import float64
+from gamma_po.state import float64
 
 MAD_TO_STD = 1.4826  # the MAD of a normal distribution is its standard deviation divided by this
 

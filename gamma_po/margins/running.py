@@ -2,83 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gamma_po.errors import ConfigError, require
-from gamma_po.losses.base import Loss
-from gamma_po.margins.base import Margin, as_target_margin, float64
+from gamma_po.errors import require
+from gamma_po.margins.base import BetaMargin, as_target_margin
 from gamma_po.ranks import Local, Ranks
+from gamma_po.state import Moments, float64, mean_and_std, no_moments, updated
 from gamma_po.types import Evidence, PairLogps
-
-
-class Moments(NamedTuple):
-    """Exponentially weighted first and second moment, and the weight they have gathered (for bias correction)."""
-
-    first: Tensor  # [], float64
-    second: Tensor  # []
-    weight: Tensor  # [] 1 - decay^t
-
-
-def no_moments() -> Moments:
-    """Moments before anything was seen."""
-    zero = torch.zeros((), dtype=torch.float64)
-    return Moments(zero, zero, zero)
-
-
-def updated(moments: Moments, values: Tensor, decay: float) -> Moments:
-    """Return the moments after a batch of values, [N]."""
-    values = float64(values)
-    return Moments(
-        decay * moments.first + (1 - decay) * values.mean(),
-        decay * moments.second + (1 - decay) * values.square().mean(),
-        decay * moments.weight + (1 - decay),
-    )
-
-
-def mean_and_std(moments: Moments) -> tuple[Tensor, Tensor]:
-    """Bias-corrected mean and standard deviation, [] each.
-
-    Dividing by the gathered weight removes the pull of the zeros that the averages start from; without it a
-    +1σ pair reads as many σ in the first steps.
-    """
-    mean = moments.first / moments.weight
-    return mean, (moments.second / moments.weight - mean.square()).clamp_min(0).sqrt()
-
-
-@dataclass(frozen=True, kw_only=True)
-class BetaMargin(Margin):
-    """What margins with the loss's β share.
-
-    Args:
-        beta: β > 0, reward units per nat per token. If not given: that of the loss it is used with.
-    """
-
-    beta: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check β."""
-        require(self.beta is None or self.beta > 0, f"{self.name}.beta", self.beta, "a number > 0, or null")
-
-    def bind(self, loss: Loss) -> BetaMargin:
-        """Take β from the loss where it was left open."""
-        if self.beta is not None:
-            return self
-        beta = getattr(loss, "beta", None)
-        if beta is None:
-            raise ConfigError(f"{self.name}.beta is undecided: the loss {loss.name!r} has no beta, so give one")
-        return dataclasses.replace(self, beta=beta)
-
-    @property
-    def decided_beta(self) -> float:
-        """β, given or bound."""
-        if self.beta is None:
-            raise ConfigError(f"{self.name}.beta is undecided: give beta, or bind the margin to a loss")
-        return self.beta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import DataError, require
-from gamma_po.margins.base import float64
+from gamma_po.state import float64
 
 JOINT_NEWTON_LIMIT = 2.0  # largest γ0/τ that starts with the joint iteration
 JOINT_STEPS = 6
@@ -39,16 +39,17 @@ def solve_kl_margins(reward_margin: Tensor, *, gamma0: float, tau: float) -> Ten
     Solved in float64 on the pool's device; where γ0/τ <= 2 the device is normally waited for once.
 
     Args:
-        reward_margin: h, [N], N >= 1, finite, reward units.
+        reward_margin: h, [N], N >= 1, finite, reward units; or [N, ...], many pools of N pairs side by side, each
+            along the first dimension and solved as if it were alone.
         gamma0: γ0, mean of the margins, > 0, reward units.
         tau: τ, strength of the KL term, > 0, reward units; max γ / min γ <= exp(γ0/τ).
 
     Returns:
-        γ, [N], reward units, detached; float64 for a float64 input, else float32.
+        γ, shape of h, reward units, detached; float64 for a float64 input, else float32.
 
     Raises:
         ConfigError: If `gamma0` or `tau` is not a positive finite number.
-        DataError: If the pool is empty, not one-dimensional, not floating or not finite.
+        DataError: If the pool is empty, not floating or not finite.
         ArithmeticError: If the result misses the optimality conditions, or float64 cannot hold the problem.
 
     Source: γ-PO, arXiv 2506.03690 (the optimisation problem of its algorithm).
@@ -60,24 +61,21 @@ def solve_kl_margins(reward_margin: Tensor, *, gamma0: float, tau: float) -> Ten
     _require_pool(reward_margin)
     h = float64(reward_margin)
     finite = torch.isfinite(h).all()
+    joint = solved = None
     if c <= JOINT_NEWTON_LIMIT:
         start = torch.zeros_like(h)
-        mu = c * torch.sigmoid(gamma0 - h).mean()
-        margin = gamma0 * _joint_newton(h, start, mu, gamma0, c, JOINT_STEPS).exp()
-        residual = kkt_residual(margin, h, gamma0=gamma0, tau=tau)
-        if finite & (residual <= _allowed_residual(margin, h, c)):
-            return _result(margin, reward_margin)
+        mu = c * torch.sigmoid(gamma0 - h).mean(0)
+        joint = gamma0 * _joint_newton(h, start, mu, gamma0, c, JOINT_STEPS).exp()
+        solved = kkt_residual(joint, h, gamma0=gamma0, tau=tau) <= _allowed_residual(joint, h, c)
+        if finite & solved.all():
+            return _result(joint, reward_margin)
     if not finite:
         raise DataError(_describe_non_finite(h))
     x, mu = _nested_newton(h, gamma0, c)
     margin = gamma0 * _joint_newton(h, x, mu, gamma0, c, POLISH_STEPS).exp()
-    residual, allowed = kkt_residual(margin, h, gamma0=gamma0, tau=tau), _allowed_residual(margin, h, c)
-    if not residual <= allowed:
-        raise ArithmeticError(
-            f"the KL margins of {h.numel()} pairs did not converge: residual {residual.item():.3g}, "
-            f"allowed {allowed.item():.3g} reward units; gamma0={gamma0}, tau={tau}, "
-            f"reward margins from {h.min().item():.6g} to {h.max().item():.6g}"
-        )
+    if joint is not None and solved is not None:
+        margin = torch.where(solved, joint, margin)
+    _require_solved(margin, h, gamma0, tau)
     return _result(margin, reward_margin)
 
 
@@ -97,6 +95,9 @@ def priced_kl_margins(reward_margin: Tensor, mu: Tensor, *, gamma0: float, tau: 
     Returns:
         γ and dγ/dμ, [N] each, float64.
 
+    Raises:
+        ArithmeticError: the iteration did not converge.
+
     >>> priced_kl_margins(torch.zeros(1), torch.tensor(0.5), gamma0=1.0, tau=1e9)[0]
     tensor([1.6487], dtype=torch.float64)
     """
@@ -111,6 +112,8 @@ def priced_kl_margins(reward_margin: Tensor, mu: Tensor, *, gamma0: float, tau: 
         x, lo, hi, last = _bracketed_step(x.clamp(lo, hi), residual, newton, lo, hi, last, done)
         if done.all():
             break
+    else:
+        raise ArithmeticError(f"γ at the price μ = {float(mu):.6g} was not found in {BRACKETED_STEPS} steps")
     margin = gamma0 * x.exp()
     return margin, margin / _stationarity(x, mu, h, gamma0, c)[1]
 
@@ -123,13 +126,13 @@ def kkt_residual(target_margin: Tensor, reward_margin: Tensor, *, gamma0: float,
     with the multiplier μ that fits best; zero only at the solution.
 
     Args:
-        target_margin: γ, [N], >= 0, reward units.
-        reward_margin: h, [N], reward units.
+        target_margin: γ, [N] or [N, ...], >= 0, reward units.
+        reward_margin: h, shape of γ, reward units.
         gamma0: γ0, > 0.
         tau: τ, > 0.
 
     Returns:
-        [], float64, >= 0.
+        [] or [...], one number per pool, float64, >= 0.
 
     >>> kkt_residual(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.0]), gamma0=1.0, tau=1.0).item()
     0.0
@@ -139,9 +142,9 @@ def kkt_residual(target_margin: Tensor, reward_margin: Tensor, *, gamma0: float,
     p = torch.sigmoid(margin - h)
     slope = 1 + c * margin * p * torch.sigmoid(h - margin)
     weight = margin / slope
-    mu = (torch.xlogy(weight, margin / gamma0) + weight * c * p).sum() / weight.sum()
-    stationarity = ((margin - gamma0 * torch.exp(mu - c * p)) / slope).abs().max()
-    return torch.maximum(stationarity, (margin.mean() - gamma0).abs())
+    mu = (torch.xlogy(weight, margin / gamma0) + weight * c * p).sum(0) / weight.sum(0)
+    stationarity = ((margin - gamma0 * torch.exp(mu - c * p)) / slope).abs().amax(0)
+    return torch.maximum(stationarity, (margin.mean(0) - gamma0).abs())
 
 
 @torch.no_grad()
@@ -209,7 +212,7 @@ def _joint_newton(h: Tensor, x: Tensor, mu: Tensor, gamma0: float, c: float, ste
     for _ in range(steps):
         residual, slope = _stationarity(x, mu, h, gamma0, c)
         weight = torch.softmax(x, 0)
-        change = ((weight * residual / slope).sum() - _log_mean_exp(x)) / (weight / slope).sum()
+        change = ((weight * residual / slope).sum(0) - _log_mean_exp(x)) / (weight / slope).sum(0)
         mu = mu + change
         x = torch.clamp(x + (change - residual) / slope, mu - c, mu)
     return x - _log_mean_exp(x)
@@ -217,20 +220,21 @@ def _joint_newton(h: Tensor, x: Tensor, mu: Tensor, gamma0: float, c: float, ste
 
 def _nested_newton(h: Tensor, gamma0: float, c: float) -> tuple[Tensor, Tensor]:
     """Search ν in [γ0 - max h, γ0 - min h] such that mean γ(ν) = γ0; return x and μ close to the solution."""
-    lo, hi = gamma0 - h.max(), gamma0 - h.min()
-    nu = (gamma0 - h.mean()).clamp(lo, hi)
+    lo, hi = gamma0 - h.amax(0), gamma0 - h.amin(0)
+    nu = (gamma0 - h.mean(0)).clamp(lo, hi)
     x, last = torch.zeros_like(h), 2 * (hi - lo)
     for _ in range(BRACKETED_STEPS):
         x = _invert_stationarity(x, nu, h, gamma0, c)
         mu = c * torch.sigmoid(nu)
         _, slope = _stationarity(x, mu, h, gamma0, c)
         reach = x.exp() / slope * (c * torch.sigmoid(nu) * torch.sigmoid(-nu))  # dq_i/dν
-        excess = x.exp().mean() - 1
-        newton = excess / reach.mean()
-        done = (newton.abs() * reach.max() <= POOL_TOLERANCE) | (hi - lo <= EPSILON * (1 + nu.abs()))
-        if done:
+        excess = x.exp().mean(0) - 1
+        newton = excess / reach.mean(0)
+        done = (newton.abs() * reach.amax(0) <= POOL_TOLERANCE) | (hi - lo <= EPSILON * (1 + nu.abs()))
+        if done.all():
             break
-        nu, lo, hi, last = _bracketed_step(nu, excess, newton, lo, hi, last, done)
+        step, lo, hi, last = _bracketed_step(nu, excess, newton, lo, hi, last, done)
+        nu = torch.where(done, nu, step)  # pools that are done wait for the others
     return x, mu
 
 
@@ -274,12 +278,12 @@ def _stationarity(x: Tensor, mu: Tensor, h: Tensor, gamma0: float, c: float) -> 
 
 
 def _allowed_residual(margin: Tensor, h: Tensor, c: float) -> Tensor:
-    rounding = 4 * EPSILON * (h.abs().max() + max(1.0, c) * margin.max())
+    rounding = 4 * EPSILON * (h.abs().amax(0) + max(1.0, c) * margin.amax(0))
     return RESIDUAL_TOLERANCE + rounding
 
 
 def _log_mean_exp(x: Tensor) -> Tensor:
-    return torch.logsumexp(x, 0) - math.log(x.numel())
+    return torch.logsumexp(x, 0) - math.log(x.shape[0])
 
 
 def _warn_if_unreliable(exact: Tensor, h: Tensor, gamma0: float, tau: float, steps: int) -> None:
@@ -306,16 +310,29 @@ def _strength(gamma0: float, tau: float) -> float:
 
 
 def _require_pool(reward_margin: Tensor) -> None:
-    if reward_margin.ndim != 1 or reward_margin.numel() == 0 or not reward_margin.is_floating_point():
+    if reward_margin.ndim == 0 or reward_margin.numel() == 0 or not reward_margin.is_floating_point():
         raise DataError(
             f"reward margins have shape {tuple(reward_margin.shape)} and type {reward_margin.dtype}; "
-            "allowed: one dimension, at least one pair, floating point"
+            "allowed: at least one pair, floating point, pairs along the first dimension"
+        )
+
+
+def _require_solved(margin: Tensor, h: Tensor, gamma0: float, tau: float) -> None:
+    """Raise an ArithmeticError unless every pool meets the optimality conditions."""
+    residual = kkt_residual(margin, h, gamma0=gamma0, tau=tau)
+    allowed = _allowed_residual(margin, h, gamma0 / tau)
+    if not (residual <= allowed).all():
+        worst = (residual - allowed).nan_to_num(nan=float("inf")).argmax()
+        raise ArithmeticError(
+            f"the KL margins of {h.shape[0]} pairs did not converge: residual {residual.flatten()[worst].item():.3g}, "
+            f"allowed {allowed.flatten()[worst].item():.3g} reward units; gamma0={gamma0}, tau={tau}, "
+            f"reward margins from {h.min().item():.6g} to {h.max().item():.6g}"
         )
 
 
 def _describe_non_finite(h: Tensor) -> str:
-    row = int((~torch.isfinite(h)).nonzero()[0])
-    return f"reward margin {h[row].item()} of pair {row} in a pool of {h.numel()} is not finite"
+    first = (~torch.isfinite(h)).nonzero()[0]
+    return f"reward margin {h[tuple(first)].item()} of pair {int(first[0])} in a pool of {h.shape[0]} is not finite"
 
 
 def _result(margin: Tensor, reward_margin: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gamma_po.losses import AOT, DPO, SFT, BCOPair, Loss, WeightedSum, build_loss
+from gamma_po.losses import AOT, DPO, FDPO, LDDPO, SFT, WPO, BCOPair, Loss, PairwiseLoss, WeightedSum, build_loss
 from gamma_po.types import Evidence, PairLogps
 from tests.contracts import STRICT, random_evidence, with_gradient
 from tests.parity import trl_harness as theirs
@@ -87,6 +87,87 @@ def test_equals_trl_in_value_and_gradient(name: str, beta: float) -> None:
         assert_parity(
             ours_and_gradients(loss, evidence), theirs_and_gradients([name], evidence, beta=beta, **trl_options)
         )
+
+
+def built(name: str, beta: float) -> tuple[Loss, dict[str, Any]]:
+    """Our loss of TRL's name, and TRL's options for it."""
+    ours, our_options, trl_options = SAME[name]
+    return build_loss(ours, beta=beta, **our_options), {"beta": beta, **trl_options}
+
+
+OF_H_ALONE = [name for name in SAME if isinstance(built(name, 0.1)[0], PairwiseLoss)]
+
+
+def close_to_its_reference(seed: int, dtype: torch.dtype = torch.float64) -> Evidence:
+    """Evidence in which no log-ratio exceeds 8 nats."""
+    evidence = random_evidence(seed=seed)
+    policy, reference = evidence.policy, evidence.reference
+    moved = [ours + 0.2 * (theirs - ours) for ours, theirs in zip(policy[:2], reference[:2], strict=True)]
+    evidence = evidence._replace(reference=reference._replace(chosen=moved[0], rejected=moved[1]))
+    return evidence.map(lambda field: field.to(dtype) if field.is_floating_point() else field)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence"])
+@pytest.mark.parametrize("name", OF_H_ALONE)
+def test_divergences_equal_trl_for_every_loss_that_it_allows(name: str, divergence: str) -> None:
+    for seed in range(2):
+        evidence, (inner, options) = close_to_its_reference(seed), built(name, 0.1)
+        ours = ours_and_gradients(FDPO(loss=inner, divergence=divergence), evidence)
+        assert_parity(ours, theirs_and_gradients([name], evidence, f_divergence_type=divergence, **options))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo"])
+def test_the_alpha_divergence_equals_trl_to_its_float32_with_one_minus_its_coefficient(name: str, alpha: float) -> None:
+    torch.set_default_dtype(torch.float32)
+    evidence, (inner, options) = close_to_its_reference(0, torch.float32), built(name, 0.1)
+    ours = ours_and_gradients(FDPO(loss=inner, divergence="alpha_divergence", alpha=alpha), evidence)
+    trl_says = theirs_and_gradients(
+        [name], evidence, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1 - alpha, **options
+    )
+    for a, b in zip(ours, trl_says, strict=True):
+        torch.testing.assert_close(a, b, rtol=20 * FLOAT32, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("name", [name for name in SAME if not name.startswith("aot") and name != "hinge"])
+def test_on_policy_weights_equal_trl(name: str) -> None:
+    for seed in range(2):
+        evidence, (inner, options) = random_evidence(seed=seed), built(name, 0.1)
+        trl_says = theirs_and_gradients([name], evidence, use_weighting=True, **options)
+        assert_parity(ours_and_gradients(WPO(loss=inner), evidence), trl_says)
+
+
+def with_shared(evidence: Evidence) -> Evidence:
+    """The shared sums of log-probabilities that grow along the completion as those given to TRL."""
+
+    def of(logps: PairLogps) -> PairLogps:
+        sums = []
+        for total, length in ((logps.chosen, logps.chosen_length), (logps.rejected, logps.rejected_length)):
+            common = torch.minimum(logps.chosen_length, logps.rejected_length)
+            sums.append(total * (common * (common + 1)) / (length * (length + 1)))  # Σ_{t <= m} t / Σ_{t <= n} t
+        return logps._replace(chosen_shared=sums[0], rejected_shared=sums[1])
+
+    return evidence._replace(policy=of(evidence.policy), reference=of(evidence.reference))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", SAME)
+def test_length_desensitization_equals_trl_for_every_loss(name: str, alpha: float) -> None:
+    evidence, (inner, options) = random_evidence(), built(name, 0.1)
+    leaf, *leaves = with_gradient(evidence)
+    value = LDDPO(loss=inner, alpha=alpha)(with_shared(leaf), torch.zeros(6)).mean()
+    ours = value.detach(), *torch.autograd.grad(value, leaves)
+    assert_parity(ours, theirs_and_gradients([name], evidence, ld_alpha=alpha, **options))
+
+
+def test_divergences_weights_and_desensitization_together_equal_trl() -> None:
+    evidence = close_to_its_reference(1)
+    leaf, *leaves = with_gradient(evidence)
+    ours = WPO(loss=LDDPO(loss=FDPO(loss=DPO(beta=0.4)), alpha=0.6))(with_shared(leaf), torch.zeros(6)).mean()
+    trl_says = theirs_and_gradients(
+        ["sigmoid"], evidence, beta=0.4, f_divergence_type="js_divergence", ld_alpha=0.6, use_weighting=True
+    )
+    assert_parity((ours.detach(), *torch.autograd.grad(ours, leaves)), trl_says)
 
 
 def test_all_fifteen_loss_types_of_trl_are_compared() -> None:
@@ -229,6 +310,37 @@ def test_divergence_trl_discopop_overflows_where_ours_is_finite() -> None:
     assert build_loss("discopop")(wrong, zero).tolist() == pytest.approx([199.9], rel=1e-6)
 
 
+def test_divergence_trl_has_no_gradient_for_the_weighted_hinge_where_ours_has() -> None:
+    """It multiplies the relu's output in place, which the backward pass of the relu still needs."""
+    evidence = random_evidence()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        theirs_and_gradients(["hinge"], evidence, use_weighting=True)
+    ours = ours_and_gradients(WPO(loss=build_loss("hinge")), evidence)
+    torch.testing.assert_close(ours[0], theirs.dpo_step_loss(["hinge"], evidence, use_weighting=True))
+    assert ours[1].abs().max() > 0
+
+
+def test_divergence_trl_overflows_under_the_forward_kl_where_ours_is_finite() -> None:
+    """exp(89) is infinite in float32, and a summed log-ratio of -89 nats is nothing unusual."""
+    one, zero = torch.ones(1, dtype=torch.long), torch.zeros(1, dtype=torch.float32)
+    fallen = Evidence(PairLogps(zero - 200, zero - 1, one, one), PairLogps(zero, zero, one, one))
+    assert theirs.dpo_step_loss(["sigmoid"], fallen, f_divergence_type="forward_kl").isinf()
+    leaf, *leaves = with_gradient(fallen)
+    ours = FDPO(divergence="forward_kl")(leaf, zero)
+    gradients = torch.autograd.grad(ours.sum(), leaves)
+    assert ours.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+    assert gradients[0] < 0  # it still pulls up
+
+
+def test_divergence_trl_stops_pulling_where_it_cuts_the_alpha_divergence_off() -> None:
+    torch.set_default_dtype(torch.float32)
+    one, zero = torch.ones(1, dtype=torch.long), torch.zeros(1)
+    fallen = Evidence(PairLogps(zero - 400, zero - 1, one, one), PairLogps(zero, zero, one, one))
+    trl_says = theirs_and_gradients(["sigmoid"], fallen, f_divergence_type="alpha_divergence")
+    ours = ours_and_gradients(FDPO(divergence="alpha_divergence", alpha=0.5), fallen)
+    assert trl_says[1] == 0 and ours[1] < 0
+
+
 def kto_pair_and_trl(evidence: Evidence, mismatched: Tensor) -> tuple[Tensor, Tensor]:
     """Our KTOPair, mean per completion, and TRL's KTO with the given log-ratios of mismatched completions."""
     ours = build_loss("kto_pair", beta=0.1)(evidence, torch.zeros(6)).mean() / 2
@@ -260,6 +372,6 @@ def test_divergence_our_transport_losses_keep_the_order_of_the_pairs() -> None:
     """TRL's per-sequence losses are in sorted order; ours stand beside their pairs, with the same mean."""
     evidence = random_evidence()
     order = torch.tensor([5, 4, 3, 2, 1, 0])
-    flipped = Evidence(*(PairLogps(*(field[order] for field in part)) for part in evidence[:2]))
+    flipped = evidence.map(lambda field: field[order])
     torch.testing.assert_close(AOT()(flipped, torch.zeros(6)), AOT()(evidence, torch.zeros(6))[order])
     assert_parity(ours_and_gradients(AOT(), flipped)[:1], theirs_and_gradients(["aot"], evidence)[:1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,20 +34,26 @@ def spread(totals: Tensor, lengths: Tensor) -> Tensor:
 
 def accelerator() -> SimpleNamespace:
     """One process on the CPU."""
-    return SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
-
-
-def _outputs(log_probs: Tensor) -> SimpleNamespace:
-    nothing = torch.zeros_like(log_probs).detach()
     return SimpleNamespace(
-        log_probs=log_probs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool(), log_sum_sq_probs=nothing
+        device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x, autocast=nullcontext
+    )
+
+
+def _outputs(log_probs: Tensor, log_sum_sq_probs: Tensor | None = None) -> SimpleNamespace:
+    nothing = torch.zeros_like(log_probs).detach()
+    collision = nothing if log_sum_sq_probs is None else log_sum_sq_probs
+    return SimpleNamespace(
+        log_probs=log_probs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool(), log_sum_sq_probs=collision
     )
 
 
 def dpo_step_loss(
     loss_types: list[str], evidence: Evidence, *, loss_weights: list[float] | None = None, **options: Any
 ) -> Tensor:
-    """TRL's scalar DPO loss of a batch; gradient flows to the policy's log-probabilities."""
+    """TRL's scalar DPO loss of a batch; gradient flows to the policy's log-probabilities.
+
+    The reference goes through TRL's own precomputation, token by token.
+    """
     from trl import DPOTrainer
 
     policy, reference = evidence.policy, evidence.reference
@@ -56,27 +63,34 @@ def dpo_step_loss(
         "input_ids": torch.zeros_like(completion),
         "attention_mask": torch.ones_like(completion),
         "completion_mask": completion,
-        "ref_chosen_logps": reference.chosen,
-        "ref_rejected_logps": reference.rejected,
     }
     per_token = spread(torch.cat([policy.chosen, policy.rejected]), lengths)
+    of_reference = spread(torch.cat([reference.chosen, reference.rejected]), lengths)
+    collision = None
+    if options.get("use_weighting"):
+        aligned = torch.cat([policy.chosen_on_policy, policy.rejected_on_policy]) * lengths
+        collision = per_token.detach() - spread(aligned, lengths)
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=False),
+        model=SimpleNamespace(training=False, is_gradient_checkpointing=False),
+        ref_model="the one that is called below",
         accelerator=accelerator(),
         aux_loss_enabled=False,
-        ld_alpha=None,
+        ld_alpha=options.get("ld_alpha"),
         precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
+        f_divergence_type=options.get("f_divergence_type", "reverse_kl"),
+        f_alpha_divergence_coef=options.get("f_alpha_divergence_coef", 0.5),
         loss_types=loss_types,
         loss_weights=loss_weights or [1.0] * len(loss_types),
         beta=options.get("beta", 0.1),
         label_smoothing=options.get("label_smoothing", 0.0),
-        args=SimpleNamespace(discopop_tau=options.get("discopop_tau", 0.05)),
-        use_weighting=False,
+        args=SimpleNamespace(discopop_tau=options.get("discopop_tau", 0.05), gradient_checkpointing_kwargs=None),
+        use_weighting=options.get("use_weighting", False),
         _metrics={"eval": defaultdict(list)},
         _total_train_tokens=0,
     )
-    return DPOTrainer._compute_loss(trainer, lambda **_: _outputs(per_token), inputs, False)
+    ref_chosen, ref_rejected = DPOTrainer.compute_ref_log_probs(trainer, lambda **_: _outputs(of_reference), inputs)
+    inputs |= {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
+    return DPOTrainer._compute_loss(trainer, lambda **_: _outputs(per_token, collision), inputs, False)
 
 
 def kto_step_loss(evidence: Evidence, mismatched: Tensor, reference_mismatched: Tensor, *, beta: float) -> Tensor:

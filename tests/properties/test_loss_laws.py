@@ -21,7 +21,7 @@ OF_H_ALONE = {name: loss for name, loss in ALL.items() if isinstance(loss, Pairw
 TWO_SIDED = {name: loss for name, loss in ALL.items() if isinstance(loss, TwoSidedLoss)}
 NON_DECREASING = (
     "dpo", "robust_dpo", "simpo", "dpo_norm", "hinge", "kto_pair", "cpo", "orpo", "rdpo", "dpop", "apo_zero",
-    "bco_pair", "with_sft",
+    "bco_pair", "with_sft", "f_dpo", "ld_dpo", "wpo", "beta_dpo",
 )  # fmt: skip
 law = settings(deadline=None, max_examples=40)
 
@@ -35,9 +35,14 @@ def evidences(draw: st.DrawFn, reach: float = 60.0) -> Evidence:
         values = st.lists(st.floats(-reach, -1e-3), min_size=count, max_size=count)
         return torch.tensor(draw(values), dtype=torch.float64)
 
+    def of_model() -> PairLogps:
+        chosen, rejected, shares = logps(), logps(), (draw(st.floats(0, 1)), draw(st.floats(0, 1)))
+        on_policy = draw(st.floats(-3, 1)) + 0 * chosen
+        return PairLogps(chosen, rejected, *sizes, shares[0] * chosen, shares[1] * rejected, on_policy, on_policy)
+
     lengths = st.lists(st.integers(1, 50), min_size=count, max_size=count).map(torch.tensor)
     sizes = draw(lengths), draw(lengths)
-    return Evidence(PairLogps(logps(), logps(), *sizes), PairLogps(logps(), logps(), *sizes))
+    return Evidence(of_model(), of_model())
 
 
 @st.composite

@@ -71,6 +71,15 @@ def test_solution_equals_extended_precision_bisection(kind, ratio):
         assert np.abs(solved.numpy() - bisected(h, gamma0, gamma0 / ratio)).max() < EXACT
 
 
+@pytest.mark.parametrize("ratio", [0.5, 2.0, 10.0, 100.0])
+def test_pools_side_by_side_are_solved_as_if_each_were_alone(ratio):
+    kinds = pools(33)
+    together = torch.from_numpy(np.stack(list(kinds.values()), axis=-1)).reshape(33, 2, 4)
+    solved = solve_kl_margins(together, gamma0=4.0, tau=4.0 / ratio).reshape(33, 8)
+    for column, h in enumerate(kinds.values()):
+        assert np.abs(solved[:, column].numpy() - bisected(h, 4.0, 4.0 / ratio)).max() < EXACT
+
+
 @pytest.mark.parametrize("ratio", [1.0, 100.0])
 def test_solution_equals_bisection_in_fifty_digits(ratio):
     h, gamma0 = [-7.5, 0.25, 3.0], mpmath.mpf(2)
@@ -195,7 +204,7 @@ def test_a_wrong_option_is_named_with_its_value(option, value):
             function(torch.zeros(3), **options)
 
 
-@pytest.mark.parametrize("h", [torch.zeros(0), torch.zeros(2, 2), torch.tensor(1.0), torch.tensor([1, 2])])
+@pytest.mark.parametrize("h", [torch.zeros(0), torch.zeros(0, 2), torch.tensor(1.0), torch.tensor([1, 2])])
 def test_a_pool_of_wrong_shape_or_type_is_refused(h):
     with pytest.raises(DataError, match="at least one pair, floating point"):
         solve_kl_margins(h, gamma0=1.0, tau=1.0)
@@ -251,3 +260,9 @@ def test_mirror_descent_is_silent_where_it_converges():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mirror_descent_margins(torch.linspace(-3, 3, 50), gamma0=1.0, tau=1.0)
+
+
+def test_a_price_whose_margins_were_not_found_raises_instead_of_returning_them(monkeypatch):
+    monkeypatch.setattr(solver, "BRACKETED_STEPS", 1)
+    with pytest.raises(ArithmeticError, match=r"γ at the price μ = 2 was not found in 1 steps"):
+        solver.priced_kl_margins(torch.tensor([0.3, -4.0]), torch.tensor(2.0).double(), gamma0=4.0, tau=1.0)

@@ -270,9 +270,12 @@ def test_every_loss_says_its_name_formula_and_source() -> None:
 
 def test_every_loss_passes_the_contract() -> None:
     import tests.unit.test_losses_batch as batch
+    import tests.unit.test_losses_beta as beta
     import tests.unit.test_losses_combined as combined
+    import tests.unit.test_losses_wrapped as wrapped
 
-    contracts = [value for module in (globals(), vars(batch), vars(combined)) for value in module.values()]
+    modules = globals(), *map(vars, (batch, beta, combined, wrapped))
+    contracts = [value for module in modules for value in module.values()]
     tested = {
         value.name
         for value in contracts

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from gamma_po.errors import ConfigError, DataError
-from gamma_po.losses import build_loss
+from gamma_po.losses import DPO, WPO, Loss, WithSFT, build_loss
 from gamma_po.margins import MARGINS, Fixed, Margin, NoMargin, build_margin
 from gamma_po.margins.base import strength
 from gamma_po.margins.maps import Linear, Piecewise, Power, Softplus
 from gamma_po.ranks import Gathered, Local, Ranks
+from gamma_po.state import state_to_plain
 from gamma_po.types import PairLogps
 from tests import oracle
 from tests.contracts import MarginContract, random_evidence
@@ -207,6 +208,35 @@ def test_map_rescales_to_its_budget_over_the_training_split() -> None:
     assert sum(map_margins(margin, train, train)) / len(train) == pytest.approx(0.8, abs=1e-12)
 
 
+@pytest.mark.parametrize("loss", [DPO(beta=0.2), WPO(loss=DPO(beta=0.2)), WithSFT(loss=DPO(beta=0.2))])
+def test_map_in_log_ratio_units_is_multiplied_by_beta_and_its_budget_with_it(loss: Loss) -> None:
+    """The published review asks ℓ(β (r_w - r_l - g)): γ = β g."""
+    train = [-2.0, 0.0, 1.0, 3.0, 5.0]
+    for options in ({}, {"budget": 0.8}, {"standardize": "quantile"}):
+        plain = build_margin("map", shape=Softplus(), **options)
+        scaled = build_margin("map", shape=Softplus(), units="logratio", **options)
+        expected = [0.2 * gamma for gamma in map_margins(plain, train, train)]
+        for margin in (scaled.bind(loss), build_margin("map", **{**vars(scaled), "beta": 0.2}).bind(DPO(beta=9.0))):
+            assert map_margins(margin, train, train) == pytest.approx(expected, abs=1e-14)
+        mirrored = build_margin("reverse", inner=scaled).bind(loss)
+        assert map_margins(mirrored, train, train) == pytest.approx(expected[::-1], abs=1e-14)
+        assert plain.bind(loss) is plain
+
+
+def test_map_in_log_ratio_units_needs_a_beta() -> None:
+    margin = build_margin("map", units="logratio")
+    with pytest.raises(ConfigError, match=r"map.beta is undecided: the loss 'orpo' has no beta, so give one"):
+        margin.bind(build_loss("orpo"))
+    with pytest.raises(ConfigError, match=r"map.beta is undecided: give beta, or bind the margin to a loss"):
+        map_margins(margin, [1.0, 2.0], [1.0])
+
+
+def test_a_budget_that_no_rescaling_can_meet_is_refused() -> None:
+    margin = build_margin("map", shape=Linear(g0=-1.0, k=1.0), standardize="z", budget=0.5)
+    with pytest.raises(ConfigError, match=r"map.budget=0.5 cannot be met: the map gives γ with mean -1"):
+        margin.fit(reference_with_margins([1.0, 2.0, 3.0]))
+
+
 def test_map_gives_almost_nothing_to_ambiguous_pairs_and_more_to_confident_ones() -> None:
     train = torch.linspace(-3, 3, 101).tolist()
     for shape in (Piecewise(), Softplus()):
@@ -268,6 +298,13 @@ def test_strength_sees_through_ablations_and_is_none_without_gamma0_and_tau() ->
     assert [strength(inner), strength(build_margin("reverse", inner=inner))] == [0.75, 0.75]
     assert [strength(build_margin(name)) for name in ("fixed", "alpha_dpo", "map")] == [None] * 3
     assert strength(build_margin("shuffled", inner=build_margin("map"))) is None
+
+
+@pytest.mark.parametrize("name", ["reverse", "shuffled"])
+def test_ablations_need_what_their_inner_margin_needs(name: str) -> None:
+    of_map, of_kl = build_margin(name, inner=build_margin("map")), build_margin(name)
+    assert of_map.needs_reference and of_map.needs_fit
+    assert not of_kl.needs_reference and not of_kl.needs_fit
 
 
 def test_reverse_refuses_a_constant_margin() -> None:
@@ -437,11 +474,28 @@ def test_beta_that_nothing_decides_is_refused(name: str) -> None:
         ("alpha_dpo", {"beta": 0.0}, r"alpha_dpo.beta=0.0.*> 0"),
         ("map", {"budget": 0.0}, r"map.budget=0.0"),
         ("map", {"standardize": "minmax"}, r"map.standardize='minmax'.*raw, z, robust_z, quantile"),
+        ("map", {"units": "nats"}, r"map.units='nats' is not allowed; allowed: reward, logratio"),
+        ("map", {"beta": 0.1}, r"map.beta=0.1 is not allowed; allowed: nothing with map.units=reward"),
+        ("map", {"beta": -0.1, "units": "logratio"}, r"map.beta=-0.1 .*> 0"),
     ],
 )
 def test_options_outside_their_range_are_refused_by_name(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_margin(name, **options)
+
+
+def test_margins_that_learn_nothing_from_the_training_split_start_as_they_are() -> None:
+    for name in ("none", "fixed", "column", "kl", "kl_authors", "alpha_dpo"):
+        margin = build_margin(name)
+        assert not margin.needs_fit
+        ours, plain = state_to_plain(margin.fit(reference_with_margins([1.0, 2.0]))), state_to_plain(margin.init())
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["none", "fixed", "column"])
+def test_margins_without_open_options_are_the_same_with_every_loss(name: str) -> None:
+    margin = build_margin(name)
+    assert all(margin.bind(loss) is margin for loss in (DPO(), build_loss("simpo"), build_loss("orpo")))
 
 
 def test_an_unknown_margin_is_refused_with_the_names_there_are() -> None:

@@ -27,6 +27,7 @@ from gamma_po.types import Evidence, PairLogps
 
 TOLERANCE = 1e-9  # float64 against 30 digits
 
+DPO_DEFAULT = "DPO(beta=0.1, label_smoothing=0.0)"
 LOSS_OPTIONS = {
     "dpo": "beta=0.1, label_smoothing=0.0",
     "robust_dpo": "beta=0.1, label_smoothing=0.1",
@@ -48,10 +49,13 @@ LOSS_OPTIONS = {
     "aot_unpaired": "beta=0.1, label_smoothing=0.0",
     "discopop": "beta=0.1, tau=0.05",
     "dpop": "beta=0.3, penalty=50.0",
+    "f_dpo": f"loss={DPO_DEFAULT}, divergence='js_divergence', alpha=None",
+    "ld_dpo": f"loss={DPO_DEFAULT}, alpha=0.5",
+    "beta_dpo": f"loss={DPO_DEFAULT}, alpha=0.6, keep=0.8, decay=0.9, min_beta=0.001, seed=0",
+    "wpo": f"loss={DPO_DEFAULT}",
     "sft": "",
     "with_sft": "loss, sft_weight=1.0",
-    "weighted_sum": "losses=(DPO(beta=0.1, label_smoothing=0.0), BCOPair(beta=0.1, shift='none'), SFT()), "
-    "weights=(0.8, 0.2, 1.0)",
+    "weighted_sum": f"losses=({DPO_DEFAULT}, BCOPair(beta=0.1, shift='none'), SFT()), weights=(0.8, 0.2, 1.0)",
 }
 KL_DEFAULT = "KL(gamma0=1.0, tau=1.0, center=None, history=256)"
 MARGIN_OPTIONS = {
@@ -60,7 +64,8 @@ MARGIN_OPTIONS = {
     "kl": "gamma0=1.0, tau=1.0, center=None, history=256",
     "kl_dual": "gamma0=1.0, tau=1.0, center=None, window=512",
     "kl_authors": "gamma0=1.0, tau=1.0, center=None, sample=256, memory=2048, seed=0",
-    "map": "shape=Piecewise(k1=0.1, k2=0.5, t0=0.0, t1=1.0), standardize='robust_z', length_norm=False, budget=None",
+    "map": "beta=None, shape=Piecewise(k1=0.1, k2=0.5, t0=0.0, t1=1.0), standardize='robust_z', length_norm=False, "
+    "budget=None, units='reward'",
     "column": "scale=1.0, transform='identity'",
     "alpha_dpo": "beta=None, gamma0=1.0, alpha=0.1, decay=0.9",
     "amapo": "beta=None",
@@ -77,14 +82,16 @@ SHAPE_OPTIONS = {
     "Exp": "k=0.15, threshold=0.0, cap=2.5",
 }
 TYPE_FIELDS = {
-    "PairLogps": "chosen rejected chosen_length rejected_length",
+    "PairLogps": "chosen rejected chosen_length rejected_length chosen_shared rejected_shared chosen_on_policy "
+    "rejected_on_policy",
     "Evidence": "policy reference column",
     "PairRewards": "chosen rejected",
     "LossOutput": "loss per_pair rewards target_margin gradient_weight evidence",
 }
 MODEL_SIDE = {"ModelInput", "PreferenceBatch"}  # named, but their fields belong to the language model's side
 EXPORTS = {
-    gamma_po.losses: "AOT CPO DPO DPOP IPO LOSSES ORPO RDPO SFT AOTUnpaired APODown APOZero BCOPair DPONorm DiscoPOP "
+    gamma_po.losses: "AOT CPO DPO DPOP FDPO IPO LDDPO LOSSES ORPO RDPO SFT WPO AOTUnpaired APODown APOZero BCOPair "
+    "BetaDPO DPONorm DiscoPOP "
     "EXOPair Hinge KTOPair Loss NCAPair PairwiseLoss RobustDPO SPPOHard SimPO TwoSidedLoss WeightedSum WithSFT "
     "build_loss gradient_weight require_margin_fits",
     gamma_po.margins: "KL MARGINS AMaPO AlphaDPO Column Fixed KLAuthors KLDual Map Margin NoMargin PoolMargin Reverse "
@@ -100,6 +107,8 @@ SIGNATURES = {
     "ranks: 'Ranks | None' = None) -> 'Tensor'",
     gamma_po.presets.preset: "(name: 'str') -> 'Preset'",
     Loss.__call__: "(self, evidence: 'Evidence', target_margin: 'Tensor', ranks: 'Ranks | None' = None) -> 'Tensor'",
+    Loss.init: "(self) -> 'Any'",
+    Loss.step: "(self, evidence: 'Evidence', state: 'Any', ranks: 'Ranks | None' = None) -> 'tuple[Loss, Any]'",
     Margin.__call__: "(self, reward_margin: 'Tensor', evidence: 'Evidence', state: 'Any', "
     "ranks: 'Ranks | None' = None) -> 'tuple[Tensor, Any]'",
     Margin.init: "(self) -> 'Any'",
