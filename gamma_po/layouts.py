@@ -61,49 +61,80 @@ def padded_sequences(prompts: Sequence[Tensor], completions: Sequence[Tensor], p
     )
 
 
+def packed(prompts: Sequence[Tensor], chosen: Sequence[Tensor], rejected: Sequence[Tensor], pad_id: int) -> ModelInput:
+    """All `prompt + completion` sequences in one row, nothing padded: all chosen, then all rejected.
+
+    Args:
+        prompts, chosen, rejected: as for `padded`.
+        pad_id: not read.
+
+    Returns:
+        One row [1, T], T = 2 sum(n_i) + sum(m_i), with a group per sequence.
+
+    >>> row = packed([torch.tensor([5])], [torch.tensor([6])], [torch.tensor([7])], pad_id=0)
+    >>> row.input_ids.tolist(), row.position_ids.tolist(), row.predict_from.tolist(), row.groups
+    ([[5, 6, 5, 7]], [[0, 1, 0, 1]], [0, 2], ((2,), (2,)))
+    """
+    starts, lengths = _lengths([*prompts, *prompts]), _lengths([*chosen, *rejected])
+    totals = starts + lengths
+    sequence, within = _token_places(lengths)
+    completions = [*chosen, *rejected]
+    rows = [torch.cat(pieces) for pieces in zip([*prompts, *prompts], completions, strict=True)]
+    return ModelInput(
+        input_ids=torch.cat(rows).long()[None],
+        attention_mask=None,
+        position_ids=_token_places(totals)[1][None],
+        predict_from=(totals.cumsum(0) - totals + starts)[sequence] - 1 + within,
+        targets=torch.cat(completions).long(),
+        sequence=sequence,
+        lengths=lengths,
+        groups=tuple((total,) for total in totals.tolist()),
+    )
+
+
 def shared_prefix(
     prompts: Sequence[Tensor], chosen: Sequence[Tensor], rejected: Sequence[Tensor], pad_id: int
 ) -> ModelInput:
-    """One row per pair, `prompt + chosen + rejected`: the prompt is encoded once.
+    """All pairs in one row, nothing padded, a pair as `prompt + chosen + rejected`: the prompt is encoded once.
 
     Both completions see the prompt and themselves, not each other; the rejected one's positions start again
     where the prompt ends; the first token of both is predicted from the prompt's last position.
 
     Args:
-        prompts, chosen, rejected, pad_id: as for `padded`.
+        prompts, chosen, rejected: as for `padded`.
+        pad_id: not read.
 
     Returns:
-        Rows [P, T] with T = max(prompt + chosen + rejected), and a mask [P, 1, T, T], True where a token may look.
+        One row [1, T], T = sum(prompt + chosen + rejected), with a group per pair.
 
-    >>> rows = shared_prefix([torch.tensor([5])], [torch.tensor([6])], [torch.tensor([7])], pad_id=0)
-    >>> rows.predict_from.tolist(), rows.position_ids.tolist(), rows.attention_mask[0, 0].int().tolist()
-    ([0, 0], [[0, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 0, 1]])
+    >>> row = shared_prefix([torch.tensor([5])], [torch.tensor([6])], [torch.tensor([7])], pad_id=0)
+    >>> row.input_ids.tolist(), row.position_ids.tolist(), row.predict_from.tolist(), row.groups
+    ([[5, 6, 7]], [[0, 1, 1]], [0, 0], ((1, 1, 1),))
     """
     starts, first, second = _lengths(prompts), _lengths(chosen), _lengths(rejected)
-    input_ids = _filled([torch.cat(row) for row in zip(prompts, chosen, rejected, strict=True)], pad_id)
-    width = input_ids.shape[1]
-    column = torch.arange(width)
-    ends = torch.stack([starts, starts + first, starts + first + second])
-    segment = (column >= ends[:, :, None]).sum(0)  # 0 prompt, 1 chosen, 2 rejected, 3 padding
-    looks_at = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-    mask = looks_at & (column[None, :] <= column[:, None])
+    totals = starts + first + second
+    offset = totals.cumsum(0) - totals
+    pair_of, column = _token_places(totals)
     lengths = torch.cat([first, second])
     sequence, within = _token_places(lengths)
     pair, is_rejected = sequence % len(prompts), sequence >= len(prompts)
     before = starts[pair] + torch.where(is_rejected, first[pair], 0) - 1 + within  # the token before, in its own part
     before = torch.where(within == 0, starts[pair] - 1, before)
     return ModelInput(
-        input_ids=input_ids,
-        attention_mask=mask[:, None],
-        position_ids=torch.where(segment >= 2, column - first[:, None], column).clamp_min(0),
-        predict_from=pair * width + before,
+        input_ids=torch.cat([part for parts in zip(prompts, chosen, rejected, strict=True) for part in parts]).long()[
+            None
+        ],
+        attention_mask=None,
+        position_ids=torch.where(column >= (starts + first)[pair_of], column - first[pair_of], column)[None],
+        predict_from=offset[pair] + before,
         targets=torch.cat([*chosen, *rejected]).long(),
         sequence=sequence,
         lengths=lengths,
+        groups=tuple(zip(starts.tolist(), first.tolist(), second.tolist(), strict=True)),
     )
 
 
-LAYOUTS: dict[str, Layout] = {"padded": padded, "shared_prefix": shared_prefix}
+LAYOUTS: dict[str, Layout] = {"padded": padded, "packed": packed, "shared_prefix": shared_prefix}
 
 
 def _lengths(sequences: Sequence[Tensor]) -> Tensor:

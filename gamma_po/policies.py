@@ -8,25 +8,26 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from gamma_po.adapters import DESCRIPTION, adapter_folder, keep_start, merge_adapter
 from gamma_po.errors import ConfigError, require
-from gamma_po.logps import completion_token_logps
+from gamma_po.fused_lora import fuse_lora
 from gamma_po.packages import PACKAGE_PREFIX, package_file
 from gamma_po.rundirs import free_path
-from gamma_po.types import ModelInput, PairLogps
 
 LOAD_ERRORS = (OSError, ImportError, ValueError)  # not there; a package is missing; architecture or its code refused
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,6 +67,10 @@ class ModelConfig:
         attention: transformers' attention backend.
         revision: hub revision.
         trust_remote_code: run model code from the hub. Off: only architectures known to transformers load.
+        quantization: "nf4" keeps the linear layers in 4 bits (QLoRA, arXiv 2305.14314; needs the package bitsandbytes
+            and adapters to train); null keeps them in `dtype`.
+        adapter: folder or hub name of a LoRA adapter that the model starts with, e.g. of supervised fine-tuning. It is
+            merged into the weights, W + α/r BA, so that a reference that is the start of the policy has it too.
     """
 
     path: str
@@ -73,6 +78,25 @@ class ModelConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     revision: str | None = None
     trust_remote_code: bool = False
+    quantization: Literal["nf4"] | None = None
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.quantization is not None and (self.path.startswith(PACKAGE_PREFIX) or self.path.endswith(".gguf")):
+            raise ConfigError(
+                f"quantization={self.quantization} does not work for {self.path!r}: a GGUF file is loaded "
+                "in full precision; allowed: hub name or folder"
+            )
+        if self.quantization is not None and find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"quantization={self.quantization} needs the package bitsandbytes: pip install bitsandbytes"
+            )
+        if self.quantization is not None and self.adapter is not None:
+            raise ConfigError(
+                f"adapter={self.adapter!r} cannot be merged exactly into weights of 4 bits (quantization="
+                f"{self.quantization}); allowed: no quantization, or a path to the merged model"
+            )
 
 
 def _location(config: ModelConfig) -> dict[str, object]:
@@ -100,10 +124,14 @@ def _location(config: ModelConfig) -> dict[str, object]:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model, padding on the left for generation.
 
+    An adapter that brings a tokenizer (tokens or a template of its fine-tuning) has the say.
+
     Raises:
         ConfigError: nothing is at `config.path`, or it cannot be loaded as configured.
     """
     location = _location(config)
+    if config.adapter is not None and (adapter_folder(config.adapter) / "tokenizer_config.json").is_file():
+        location = {"pretrained_model_name_or_path": str(adapter_folder(config.adapter))}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**location)
     except LOAD_ERRORS as error:
@@ -122,15 +150,41 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         ConfigError: nothing is at `config.path`, or it cannot be loaded as configured.
     """
     location = _location(config)
+    if (Path(config.path).expanduser() / DESCRIPTION).is_file():
+        raise _is_an_adapter(config)
+    adapter = None if config.adapter is None else adapter_folder(config.adapter)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            **location, dtype=DTYPES[config.dtype], attn_implementation=config.attention
+            **location,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            quantization_config=_quantization(config),
         )
     except LOAD_ERRORS as error:
         raise ConfigError(f"no model could be loaded from {config.path!r}: {_first_line(error)}") from error
     if hasattr(model.config, "quantization_config") and model.config.quantization_config.quant_method == "gguf":
         model = _rebuilt_without_gguf(model)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers follows an adapter on the hub to its base
+        raise _is_an_adapter(config)
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # On a CPU bitsandbytes would repack 4-bit weights at the first evaluation and round their scales: the
+            # policy would no longer be its own reference.
+            layer.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def _quantization(config: ModelConfig) -> BitsAndBytesConfig | None:
+    if config.quantization is None:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization,
+        bnb_4bit_compute_dtype=DTYPES[config.dtype],
+        bnb_4bit_use_double_quant=True,
+    )
 
 
 def attach_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
@@ -154,13 +208,15 @@ def attach_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(
             f"lora.target_modules={lora.target_modules!r} does not fit this model; its linear layers are "
             f"{', '.join(linear)}; or use 'all-linear'"
         ) from error
+    fuse_lora(adapted)
+    return adapted
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -172,11 +228,20 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def export_policy(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+def export_policy(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, start: str | None = None
+) -> Path:
     """Write the adapter (LoRA) or the whole model, and the tokenizer, in Hugging Face format.
 
     Written beside `folder` first and renamed, so that an interruption leaves no half-written export. What is
     there already is never replaced.
+
+    Args:
+        model: as trained, or merged.
+        tokenizer: the policy's.
+        folder: the new folder.
+        start: the adapter that was merged into the base before training, if there is one. An exported adapter stands
+            on both, so this one is put beside it, in `start/`.
 
     Returns:
         Where it was written: `folder`, or `folder-1`, `folder-2`, ... where that name is taken.
@@ -186,56 +251,11 @@ def export_policy(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     try:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        if start is not None and isinstance(model, PeftModel):
+            keep_start(staging, start)
         return staging.rename(free_path(folder))
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone already unless writing failed
-
-
-class CompletionScorer(nn.Module):
-    """A language model that returns log-probabilities of completions instead of logits.
-
-    The vocabulary is met at completion positions only. Wrapping the model in a module (rather than calling
-    its parts from outside) is what lets sharding strategies gather the embedding and the head for it.
-    """
-
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, model_input: ModelInput, temperature: float = 1.0) -> PairLogps:
-        """Score P pairs.
-
-        Args:
-            model_input: rows holding S = 2P sequences.
-            temperature: divides the logits; 1 is the model itself.
-
-        Returns:
-            Summed log-probabilities (float32, nats) and token counts.
-        """
-        logps = self.sequence_logps(model_input, temperature)
-        chosen, rejected = logps.chunk(2)
-        chosen_length, rejected_length = model_input.lengths.chunk(2)
-        return PairLogps(chosen, rejected, chosen_length, rejected_length)
-
-    def sequence_logps(self, model_input: ModelInput, temperature: float = 1.0) -> Tensor:
-        """Summed log-probability of each sequence, [S], float32, nats."""
-        causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        hidden = causal.get_decoder()(
-            input_ids=model_input.input_ids,
-            attention_mask=_mask_for(causal, model_input.attention_mask),
-            position_ids=model_input.position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        selected = hidden.flatten(0, 1).index_select(0, model_input.predict_from)
-        token_logps = completion_token_logps(
-            selected,
-            model_input.targets,
-            head=causal.get_output_embeddings(),
-            scale=_logit_scale(causal.config) / temperature,
-            softcap=getattr(causal.config, "final_logit_softcapping", None),
-        )
-        sums = torch.zeros(model_input.lengths.shape[0], device=hidden.device, dtype=torch.float32)
-        return sums.index_add(0, model_input.sequence, token_logps)
 
 
 @contextmanager
@@ -256,44 +276,6 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
         yield
 
 
-def check_layout(layout: str, config: PretrainedConfig, attention: str) -> None:
-    """Refuse a layout that the architecture or the attention backend would compute wrongly.
-
-    Args:
-        layout: name of the layout.
-        config: transformers' configuration of the model.
-        attention: attention backend.
-
-    Raises:
-        ConfigError: naming the reason and the layout that works.
-    """
-    if layout == "padded":
-        return
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    reason = None
-    if kinds != {"full_attention"}:
-        reason = f"{config.model_type} has layers of {', '.join(sorted(kinds - {'full_attention'}))}"
-    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        reason = f"{config.model_type} attends within a sliding window of {config.sliding_window}"
-    elif attention not in ("sdpa", "eager"):
-        reason = f"attention={attention} takes no mask of its own (sdpa and eager do)"
-    if reason is not None:
-        raise ConfigError(f"data.layout={layout} does not work here: {reason}; allowed: padded")
-
-
-def _mask_for(model: PreTrainedModel, mask: Tensor) -> Tensor:
-    """A [R, 1, T, T] mask as the attention backend reads it: True/False for sdpa, 0/-inf to add for eager."""
-    if mask.ndim == 2 or model.config._attn_implementation == "sdpa":
-        return mask
-    blocked = torch.finfo(model.dtype).min
-    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, blocked)
-
-
-def _logit_scale(config: object) -> float:
-    """What the architecture multiplies its logits by (Cohere: logit_scale, Granite: 1 / logits_scaling)."""
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-
-
 def _rebuilt_without_gguf(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that transformers agrees to save."""
     config = copy.deepcopy(model.config)
@@ -306,6 +288,13 @@ def _rebuilt_without_gguf(model: PreTrainedModel) -> PreTrainedModel:
     rebuilt.tie_weights()
     rebuilt.generation_config = model.generation_config
     return rebuilt
+
+
+def _is_an_adapter(config: ModelConfig) -> ConfigError:
+    return ConfigError(
+        f"model path {config.path!r} is an adapter, not a model: give its base model as the path, and the adapter as "
+        "`adapter` beside it (model.policy.adapter), so that the reference has it, too"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gamma_po.errors import ConfigError, require
+from gamma_po.forwards import score
 from gamma_po.losses import Loss
 from gamma_po.margins import Margin
 from gamma_po.policies import (
-    CompletionScorer,
     ModelConfig,
     adapters_off,
-    check_layout,
     evaluating,
     fingerprint,
     load_model,
 )
+from gamma_po.scorer import CompletionScorer, check_layout
 from gamma_po.types import PairLogps, PreferenceBatch
 
 ReferenceSource = Literal["cached", "adapters_off", "copy"]
@@ -71,7 +71,7 @@ class Reference(nn.Module):
         """
         if not self.is_start_of_policy:
             other = load_model(self.config)
-            check_layout(layout, other.config, self.config.attention)
+            check_layout(layout, other, self.config.attention)
             if other.config.vocab_size != untouched_policy.config.vocab_size:
                 raise ConfigError(
                     f"model.reference_model has {other.config.vocab_size} tokens, the policy "
@@ -123,7 +123,7 @@ class Reference(nn.Module):
                 )
             return batch.reference
         with self.opened(policy, policy_is_untouched=False) as scorer, torch.no_grad():
-            return scorer(batch.model_input)
+            return score(scorer, batch)
 
 
 def check_agreement(policy: PairLogps, reference: PairLogps, index: Tensor, *, full_precision: bool) -> None:

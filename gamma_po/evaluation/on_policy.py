@@ -14,8 +14,8 @@ from gamma_po.evaluation.gold import GoldReward
 from gamma_po.evaluation.intervals import Estimate, clustered_mean, clustered_share
 from gamma_po.evaluation.pairs import preferred
 from gamma_po.layouts import padded_sequences
-from gamma_po.policies import CompletionScorer
 from gamma_po.progress import track
+from gamma_po.scorer import CompletionScorer
 
 
 class Samples(NamedTuple):

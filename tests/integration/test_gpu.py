@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from gamma_po import attention
+from gamma_po.attention import Segments
 from gamma_po.layouts import LAYOUTS
 from gamma_po.losses import build_loss
 from gamma_po.margins import MARGINS, build_margin, solve_kl_margins
-from gamma_po.margins.base import state_to_device
-from gamma_po.policies import CompletionScorer
+from gamma_po.scorer import CompletionScorer
+from gamma_po.state import state_to_device
 from tests.contracts import random_evidence
 from tests.runs import fit, steps_of
 from tests.tiny import tiny_model
@@ -62,4 +64,17 @@ def test_layouts_agree_on_the_device() -> None:
     generator = torch.Generator().manual_seed(1)
     parts = [[torch.randint(3, 300, (n,), generator=generator) for n in (4, 7, 1)] for _ in range(3)]
     values = [scorer.sequence_logps(layout(*parts, 0).to("cuda")) for layout in LAYOUTS.values()]
-    torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-3)  # TF32
+    for value in values[1:]:
+        torch.testing.assert_close(value, values[0], rtol=0, atol=1e-3)  # TF32
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_all_sequences_of_a_row_in_one_kernel_are_as_one_by_one(window: int | None) -> None:
+    groups = ((7, 40, 33), (1, 1, 64), (90, 5, 6))
+    segments = Segments.of(groups, "cuda")
+    length = sum(map(sum, groups))
+    query, key, value = (torch.randn(1, heads, length, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    in_one = attention._in_one_kernel(query, key, value, segments, None, window)
+    wide = (tensor.float() for tensor in (query, key, value))
+    loop = attention._one_by_one(*wide, segments, None, 0.0, window, None)
+    torch.testing.assert_close(in_one.float(), loop[0].transpose(0, 1), rtol=0.02, atol=0.02)

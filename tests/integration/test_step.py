@@ -49,7 +49,7 @@ def prepared(
             batch_size=5,
             collate=partial(collate, pad_id=0, layout=LAYOUTS[layout]),
             description="test",
-        )
+        ).logps
     untouched = module.policy.model.get_base_model() if lora else module.policy.model
     untouched = oracle.double(copy.deepcopy(untouched))
     perturb(module)
@@ -64,7 +64,7 @@ def _scoring(module: PreferenceModule) -> Iterator[Score]:
 
 def our_step(module: PreferenceModule, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     """Loss and gradient vector of the product."""
-    output, _ = module.compute(batch, module.margin_state)
+    output, _ = module.compute(batch, module.step_state)
     output.loss.backward()
     parameters = [parameter for parameter in module.policy.model.parameters() if parameter.requires_grad]
     return output.loss.detach(), gradient_vector(parameters)
@@ -136,7 +136,7 @@ def test_loss_and_gradient_equal_the_naive_step(
 def test_at_the_reference_the_dpo_loss_is_ln_2(tiny_model_path: str, tiny_data: dict, tmp_path: Path) -> None:
     module = PreferenceModule(ModelConfig(path=tiny_model_path), DPO(), KL(tau=0.5), reference="copy")
     module.configure_model()
-    output, _ = module.compute(batch_of(tiny_dataset(tiny_data["train"]), ROWS), module.margin_state)
+    output, _ = module.compute(batch_of(tiny_dataset(tiny_data["train"]), ROWS), module.step_state)
     assert float(output.loss.detach()) == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -144,16 +144,18 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(
     tiny_model_path: str, tiny_data: dict, tmp_path: Path
 ) -> None:
     steps = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, 2):
         module = PreferenceModule(
             ModelConfig(path=tiny_model_path), SimPO(), Fixed(gamma=1.0), gradient_checkpointing=checkpointing
         )
         module.configure_model()
         inner = module.policy.model
-        assert inner.training and inner.is_activation_checkpointing == checkpointing
+        recomputed = [layer.gradient_checkpointing for layer in inner.model.layers]
+        assert inner.training and sum(recomputed) == {False: 0, True: 2, 2: 1}[checkpointing]
         steps.append(our_step(module, batch_of(tiny_dataset(tiny_data["train"]), ROWS)))
-    assert torch.equal(steps[0][0], steps[1][0])
-    torch.testing.assert_close(steps[0][1], steps[1][1], rtol=1e-6, atol=1e-9)
+    for loss, gradient in steps[1:]:
+        assert torch.equal(loss, steps[0][0])
+        torch.testing.assert_close(gradient, steps[0][1], rtol=1e-6, atol=1e-9)
 
 
 def test_a_flipped_pair_is_seen_with_chosen_and_rejected_exchanged(tiny_data: dict) -> None:

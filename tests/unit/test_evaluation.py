@@ -13,7 +13,8 @@ from gamma_po.evaluation.gold import VaderSentiment
 from gamma_po.evaluation.on_policy import Samples, compare, distinct_bigrams, score_completions
 from gamma_po.evaluation.pairs import PairMetrics, preferred
 from gamma_po.evaluation.report import as_json, pair_report, report_table
-from gamma_po.policies import CompletionScorer, Lora, attach_lora
+from gamma_po.policies import Lora, attach_lora
+from gamma_po.scorer import CompletionScorer
 from gamma_po.types import Evidence, LossOutput, PairLogps, PairRewards
 from tests.tiny import tiny_model, tiny_tokenizer
 

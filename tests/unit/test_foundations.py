@@ -10,18 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
 import gamma_po
 from gamma_po.data.loader import ResumableLoader, SequentialBatches, ShuffledBatches
-from gamma_po.errors import ConfigError, DataError
+from gamma_po.errors import DataError
 from gamma_po.files import write_bytes
-from gamma_po.layouts import padded, padded_sequences, shared_prefix
-from gamma_po.logps import completion_token_logps
-from gamma_po.policies import CompletionScorer, check_layout
+from gamma_po.layouts import padded_sequences
 from gamma_po.schedules import warmup_then
-from tests.tiny import tiny_model
 
 
 def test_every_doctest_holds() -> None:
@@ -45,77 +40,6 @@ def test_padded_predicts_each_completion_token_from_the_position_before_it() -> 
     assert rows.sequence.tolist() == [0, 1, 1, 1, 1] and rows.lengths.tolist() == [1, 4]
     flat = rows.input_ids.flatten()
     assert flat[rows.predict_from + 1].equal(rows.targets)
-
-
-def test_a_shared_prefix_row_lets_each_token_see_the_prompt_and_its_own_completion_only() -> None:
-    prompts, chosen, rejected = [torch.tensor([1, 2])], [torch.tensor([3, 4])], [torch.tensor([5])]
-    rows = shared_prefix(prompts, chosen, rejected, 0)
-    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 5]]
-    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 2]]
-    sees = [[i for i in range(5) if rows.attention_mask[0, 0, row, i]] for row in range(5)]
-    assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
-    assert rows.predict_from.tolist() == [1, 2, 1] and rows.targets.tolist() == [3, 4, 5]
-    assert rows.sequence.tolist() == [0, 0, 1] and rows.lengths.tolist() == [2, 1]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_layouts_give_the_same_log_probabilities_also_for_one_token_completions(attention: str) -> None:
-    model = tiny_model()
-    model.set_attn_implementation(attention)
-    scorer = CompletionScorer(model)
-    generator = torch.Generator().manual_seed(1)
-    draw = [
-        [torch.randint(3, 300, (int(n),), generator=generator) for n in torch.randint(1, 9, (7,), generator=generator)]
-        for _ in range(3)
-    ]
-    draw[1][0], draw[2][1], draw[1][2], draw[2][2] = (torch.tensor([9 + i]) for i in range(4))
-    values = [scorer.sequence_logps(layout(*draw, 0)) for layout in (padded, shared_prefix)]
-    torch.testing.assert_close(values[0], values[1], rtol=0, atol=2e-5)
-
-
-def test_a_layout_that_an_architecture_or_backend_cannot_do_is_refused_with_the_reason() -> None:
-    config = LlamaConfig()
-    check_layout("shared_prefix", config, "sdpa")
-    check_layout("padded", MistralConfig(sliding_window=6), "flash_attention_2")
-    with pytest.raises(ConfigError, match=r"shared_prefix does not work.*sliding window of 6.*allowed: padded"):
-        check_layout("shared_prefix", MistralConfig(sliding_window=6), "sdpa")
-    with pytest.raises(ConfigError, match=r"attention=flash_attention_2 takes no mask"):
-        check_layout("shared_prefix", config, "flash_attention_2")
-    with pytest.raises(ConfigError, match=r"layers of sliding_attention"):
-        check_layout("shared_prefix", Gemma2Config(), "sdpa")
-
-
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)])
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_token_log_probabilities_and_gradients_equal_those_of_full_logits(
-    scale: float, softcap: float | None, chunk: int
-) -> None:
-    head = nn.Linear(8, 11, bias=False).double()
-    hidden = torch.randn(7, 8, dtype=torch.float64)
-    targets = torch.randint(11, (7,))
-    results = []
-    for ours in (True, False):
-        leaf = hidden.clone().requires_grad_()
-        head.weight.grad = None
-        if ours:
-            value = completion_token_logps(
-                leaf, targets, head=head, scale=scale, softcap=softcap, chunk_tokens=chunk
-            ).double()
-        else:
-            logits = head(leaf) * scale
-            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-            value = torch.log_softmax(logits, dim=1)[torch.arange(7), targets]
-        (value * torch.arange(1.0, 8.0)).sum().backward()
-        results.append((value.detach(), leaf.grad, head.weight.grad))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_log_probabilities_are_float32_under_bfloat16_autocast() -> None:
-    head = nn.Linear(8, 11, bias=False)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = completion_token_logps(torch.randn(3, 8), torch.tensor([1, 2, 3]), head=head)
-    assert value.dtype == torch.float32
 
 
 def test_the_schedule_warms_up_linearly_and_follows_half_a_cosine_to_zero() -> None:

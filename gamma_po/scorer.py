@@ -1,0 +1,145 @@
+"""A language model as a scorer of completions, in any layout."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gamma_po.attention import SEGMENTS, Segments, attend_in_segments
+from gamma_po.errors import ConfigError
+from gamma_po.layouts import LAYOUTS
+from gamma_po.logps import Logits, TokenLogps, completion_token_logps
+from gamma_po.types import ModelInput, PairLogps
+
+LAYERS_IN_SEGMENTS = {"full_attention", "sliding_attention"}
+PROBE = ((11, 5), (31, 3), (41, 4))  # first token id and length of prompt, chosen, rejected
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}  # nats per token
+
+
+class CompletionScorer(nn.Module):
+    """A language model that returns log-probabilities of completions instead of logits.
+
+    The vocabulary is met at completion positions only. Wrapping the model in a module (rather than calling
+    its parts from outside) is what lets sharding strategies gather the embedding and the head for it.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, with_on_policy: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.with_on_policy = with_on_policy  # also fill PairLogps.chosen_on_policy and rejected_on_policy
+
+    def forward(self, model_input: ModelInput, temperature: float = 1.0) -> PairLogps:
+        """Score P pairs.
+
+        Args:
+            model_input: rows holding S = 2P sequences.
+            temperature: divides the logits; 1 is the model itself.
+
+        Returns:
+            Log-probabilities (float32, nats), summed over all tokens and over the shared length, and token counts.
+        """
+        tokens = self.token_logps(model_input, temperature, with_collision=self.with_on_policy)
+        lengths = model_input.lengths
+        shortest = torch.minimum(*lengths.chunk(2)).repeat(2)
+        within = torch.arange(len(tokens.logps), device=lengths.device)
+        within = within - (lengths.cumsum(0) - lengths)[model_input.sequence]
+        columns = [tokens.logps, tokens.logps.where(within < shortest[model_input.sequence], 0)]
+        if tokens.log_collision is not None:
+            columns.append(tokens.logps.detach() - tokens.log_collision)
+        summed, shared, *on_policy = _sums(torch.stack(columns, 1), model_input).unbind(1)
+        pairs = [summed, lengths, shared, *(excess / lengths for excess in on_policy)]
+        return PairLogps(*(side for value in pairs for side in value.chunk(2)))
+
+    def sequence_logps(self, model_input: ModelInput, temperature: float = 1.0) -> Tensor:
+        """Summed log-probability of each sequence, [S], float32, nats."""
+        return _sums(self.token_logps(model_input, temperature).logps, model_input)
+
+    def token_logps(
+        self, model_input: ModelInput, temperature: float = 1.0, *, with_collision: bool = False
+    ) -> TokenLogps:
+        """Log-probability of each completion token, [N], float32, nats."""
+        causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        hidden = causal.get_decoder()(
+            input_ids=model_input.input_ids,
+            position_ids=model_input.position_ids,
+            use_cache=False,
+            **_attention_arguments(causal, model_input),
+        ).last_hidden_state
+        return completion_token_logps(
+            hidden.flatten(0, 1).index_select(0, model_input.predict_from),
+            model_input.targets,
+            head=causal.get_output_embeddings(),
+            logits=Logits(
+                _logit_scale(causal.config) / temperature, getattr(causal.config, "final_logit_softcapping", None)
+            ),
+            with_collision=with_collision,
+        )
+
+
+def check_layout(layout: str, model: PreTrainedModel, attention: str) -> None:
+    """Refuse a layout that the architecture or the attention backend would compute wrongly.
+
+    After what is known about them, the layout is tried: the model scores a short pair in it and padded.
+
+    Args:
+        layout: name of the layout.
+        model: as loaded, before adapters. Weights on the meta device are not tried.
+        attention: attention backend asked for.
+
+    Raises:
+        ConfigError: naming the reason and the layout that works.
+    """
+    if layout == "padded":
+        return
+    reason = None
+    other_layers = set(getattr(model.config, "layer_types", None) or []) - LAYERS_IN_SEGMENTS
+    if other_layers:
+        reason = f"{model.config.model_type} has layers of {', '.join(sorted(other_layers))}"
+    elif not getattr(model, "_supports_attention_backend", False):
+        reason = f"{model.config.model_type} does not let its attention be exchanged"
+    elif attention not in ("sdpa", "eager"):
+        reason = f"attention={attention} cannot attend in segments (sdpa and eager can)"
+    elif not next(model.parameters()).is_meta:
+        reason = _differs_from_padded(layout, model)
+    if reason is not None:
+        raise ConfigError(f"data.layout={layout} does not work here: {reason}; allowed: padded")
+
+
+@torch.no_grad()
+def _differs_from_padded(layout: str, model: PreTrainedModel) -> str | None:
+    """Score one short pair both ways; return what is wrong, or None."""
+    parts = [[torch.arange(start, start + length) % model.config.vocab_size] for start, length in PROBE]
+    scorer, device = CompletionScorer(model), model.device
+    try:
+        values = [scorer.token_logps(LAYOUTS[name](*parts, 0).to(device)).logps for name in ("padded", layout)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{model.config.model_type} fails in it: {str(error).splitlines()[0]}"
+    difference = float((values[0] - values[1]).abs().max())
+    if not difference <= PROBE_TOLERANCE[model.dtype]:
+        return f"{model.config.model_type} gives log-probabilities {difference:.2g} nat per token away from padded"
+    return None
+
+
+def _sums(values: Tensor, model_input: ModelInput) -> Tensor:
+    """Sum over the tokens of each sequence: [N, ...] to [S, ...]."""
+    sums = torch.zeros(len(model_input.lengths), *values.shape[1:], device=values.device, dtype=values.dtype)
+    return sums.index_add(0, model_input.sequence, values)
+
+
+def _attention_arguments(model: PreTrainedModel, model_input: ModelInput) -> dict[str, object]:
+    """Mask or segments, as the model takes them."""
+    if model_input.groups is None:
+        return {"attention_mask": model_input.attention_mask}
+    if model.config._attn_implementation != SEGMENTS:
+        attend_in_segments(model)
+    device = model_input.input_ids.device
+    # A mask of four dimensions is handed through to the attention as it is; none would be built from position ids.
+    unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return {"attention_mask": unread, "segments": Segments.of(model_input.groups, device)}
+
+
+def _logit_scale(config: object) -> float:
+    """What the architecture multiplies its logits by (Cohere: logit_scale, Granite: 1 / logits_scaling)."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
