@@ -1,4 +1,4 @@
-"""What goes into a checkpoint: plain values, trainable weights, the margin's state; never code or a reference."""
+"""What goes into a checkpoint: plain values, trained weights, state of loss and margin; no code, no reference."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from gamma_po.errors import ConfigError
 from gamma_po.losses import Loss
 from gamma_po.margins import Margin
-from gamma_po.margins.base import state_from_plain
 from gamma_po.margins.maps import MapShape
+from gamma_po.objective import StepState
 from gamma_po.registry import plain_config
+from gamma_po.state import state_from_plain
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,25 @@ def check_same_settings(saved: dict[str, Any], given: dict[str, Any], *, trainin
             log.warning("%s: the run uses what is given here", line)
 
 
+def check_same_accumulation(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> None:
+    """Refuse to continue a training with optimizer steps of another size.
+
+    Args:
+        checkpoint: as loaded.
+        accumulate_grad_batches: the trainer's.
+
+    Raises:
+        ConfigError: the checkpoint was written with another number.
+    """
+    saved = checkpoint.get("accumulate_grad_batches", accumulate_grad_batches)  # absent from older checkpoints
+    if saved != accumulate_grad_batches:
+        raise ConfigError(
+            f"the checkpoint was written with trainer.accumulate_grad_batches={saved}, this run has "
+            f"{accumulate_grad_batches}: its steps would hold another number of pairs; give "
+            f"--trainer.accumulate_grad_batches {saved}"
+        )
+
+
 def check_end_of_training(checkpoint: dict[str, Any], *, max_steps: int, max_epochs: int | None) -> None:
     """Refuse limits with which Lightning 2.6 counts a finished epoch twice and stops an epoch early, or at once.
 
@@ -120,11 +140,11 @@ def slim_state_dict(module: LightningModule, state_dict: dict[str, Tensor]) -> d
     }
 
 
-def load_margin_state(module: LightningModule, checkpoint: dict[str, Any]) -> Any:
-    """Return the margin state of a checkpoint, after checking that the checkpoint fits the module.
+def load_step_state(module: LightningModule, checkpoint: dict[str, Any]) -> StepState:
+    """Return the state of loss and margin of a checkpoint, after checking that the checkpoint fits the module.
 
     Raises:
-        ConfigError: the checkpoint holds other weights than this module trains, or another margin's state.
+        ConfigError: the checkpoint holds other weights than this module trains, or the state of another loss or margin.
     """
     module.configure_model()
     expected = set(slim_state_dict(module, module.state_dict()))
@@ -135,10 +155,17 @@ def load_margin_state(module: LightningModule, checkpoint: dict[str, Any]) -> An
             f"the checkpoint holds {len(found)} trained tensors, this configuration trains {len(expected)}; the first "
             f"difference is {example!r}. Use the lora and policy settings of the run that wrote it"
         )
+    return StepState(
+        loss=_part_state("loss", module.loss, checkpoint), margin=_part_state("margin", module.margin, checkpoint)
+    )
+
+
+def _part_state(part: str, owner: Loss | Margin, checkpoint: dict[str, Any]) -> Any:
+    """The state of the loss or of the margin."""
     try:
-        return state_from_plain(module.margin.init(), checkpoint["margin_state"])
-    except (KeyError, TypeError) as error:
+        return state_from_plain(owner.init(), checkpoint.get(f"{part}_state", {}))
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"the checkpoint's margin state does not belong to the margin {module.margin.name!r}: use the margin of "
+            f"the checkpoint's {part} state does not belong to the {part} {owner.name!r}: use the {part} of "
             "the run that wrote it"
         ) from error

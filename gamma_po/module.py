@@ -14,21 +14,27 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
-from gamma_po.checkpoints import load_margin_state, plain_hparams, slim_state_dict
+from gamma_po.attention import SEGMENTS
+from gamma_po.checkpoints import check_same_accumulation, load_step_state, plain_hparams, slim_state_dict
 from gamma_po.data.dataset import PairDataset
-from gamma_po.data.reference_cache import ReferenceKey, cached_logps, default_cache_dir
+from gamma_po.data.reference_cache import (
+    BASE_FIELDS,
+    SHARED_FIELDS,
+    CachedLogps,
+    ReferenceKey,
+    cached_logps,
+    default_cache_dir,
+)
 from gamma_po.errors import ConfigError, require
 from gamma_po.evaluation.pairs import PairMetrics
+from gamma_po.forwards import score
 from gamma_po.losses import Loss, require_margin_fits
 from gamma_po.margins import Margin
-from gamma_po.margins.base import state_to_device, state_to_plain
-from gamma_po.objective import check_finite, evaluate, training_log
+from gamma_po.objective import StepState, check_finite, evaluate, short_step_factor, train, training_log
 from gamma_po.policies import (
-    CompletionScorer,
     Lora,
     ModelConfig,
     attach_lora,
-    check_layout,
     evaluating,
     load_model,
     load_tokenizer,
@@ -36,6 +42,8 @@ from gamma_po.policies import (
 from gamma_po.ranks import Ranks, current_ranks
 from gamma_po.reference import Reference, ReferenceSource, check_agreement, check_reference_is_used
 from gamma_po.schedules import Schedule, warmup_then
+from gamma_po.scorer import CompletionScorer, check_layout
+from gamma_po.state import state_to_device, state_to_plain
 from gamma_po.types import Evidence, LossOutput, PairLogps, PreferenceBatch
 
 
@@ -50,7 +58,8 @@ class PreferenceModule(LightningModule):
         reference: where the reference's log-probabilities come from: computed once before training and cached on
             disk, the policy with its adapters off, or a frozen copy in memory.
         reference_model: a reference other than the untrained policy.
-        gradient_checkpointing: recompute activations in the backward pass; less memory, more time.
+        gradient_checkpointing: recompute activations in the backward pass, of every layer (true) or of every n-th;
+            less memory, more time.
         optimizer: called with the trainable parameters.
         schedule: of the learning rate, after the warm-up.
         warmup_ratio: share of the steps in the warm-up, in [0, 1).
@@ -67,7 +76,7 @@ class PreferenceModule(LightningModule):
         lora: Lora | None = None,
         reference: ReferenceSource = "cached",
         reference_model: ModelConfig | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
         schedule: Schedule = "cosine",
         warmup_ratio: float = 0.1,
@@ -77,14 +86,23 @@ class PreferenceModule(LightningModule):
         self.save_hyperparameters()
         plain_hparams(self.hparams)
         require(0 <= warmup_ratio < 1, "model.warmup_ratio", warmup_ratio, "0 <= ratio < 1")
+        require(
+            gradient_checkpointing >= 0, "model.gradient_checkpointing", gradient_checkpointing, "true, false, n >= 1"
+        )
+        if policy.quantization is not None and lora is None:
+            raise ConfigError(
+                f"model.policy.quantization={policy.quantization} needs model.lora: adapters can be trained on "
+                "quantised weights, the weights themselves cannot"
+            )
         self.policy_config, self.lora, self.seed = policy, lora, seed
         require_margin_fits(loss, margin.name)
         self.loss, self.margin = loss, margin.bind(loss)
-        self.margin_state = self.margin.init()
+        self.loss_state, self.margin_state = self.loss.init(), self.margin.init()
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer_factory, self.schedule, self.warmup_ratio = optimizer, schedule, warmup_ratio
         check_reference_is_used(self.loss, self.margin, reference, reference_model)
         self.reference: Reference | None = None
+        self.reference_cost: dict[str, CachedLogps] = {}
         if loss.needs_reference or margin.needs_reference:
             self.reference = Reference(
                 reference,
@@ -118,14 +136,16 @@ class PreferenceModule(LightningModule):
             return
         model = load_model(self.policy_config)
         layout = getattr(getattr(self._trainer, "datamodule", None), "layout", "padded")
-        check_layout(layout, model.config, self.policy_config.attention)
+        check_layout(layout, model, self.policy_config.attention)
         if self.reference is not None:
             self.reference.load(model, layout)
         if self.lora is not None:
             model = attach_lora(model, self.lora, seed=self.seed)
         if self.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        self.policy = CompletionScorer(model).train()
+            model.activation_checkpointing_enable(
+                {"use_reentrant": False}, every_n_layers=int(self.gradient_checkpointing)
+            )
+        self.policy = CompletionScorer(model, with_on_policy=self.loss.needs_on_policy).train()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The given optimizer over what is trainable, with warm-up and schedule per step."""
@@ -142,32 +162,44 @@ class PreferenceModule(LightningModule):
 
     # --- steps ---------------------------------------------------------------------------------------------
 
-    def compute(self, batch: PreferenceBatch, state: Any) -> tuple[LossOutput, Any]:
+    @property
+    def step_state(self) -> StepState:
+        """What loss and margin remember."""
+        return StepState(self.loss_state, self.margin_state)
+
+    def compute(self, batch: PreferenceBatch, state: StepState) -> tuple[LossOutput, StepState]:
         """Run the whole algebra on one batch: evidence, rewards, γ, loss.
 
         Args:
             batch: P pairs, all of weight > 0 in training.
-            state: of the margin.
+            state: of loss and margin.
 
         Returns:
-            The output over the pairs of weight > 0, and the margin's next state.
+            The output over the pairs of weight > 0, and the next state; in evaluation it is the given one.
         """
-        evidence = Evidence(self.policy(batch.model_input), self._reference_logps(batch), batch.column)
+        evidence = Evidence(score(self.policy, batch), self._reference_logps(batch), batch.column)
         rows = batch.index
         if not self.training:
             counts = batch.weight > 0
             evidence, rows = evidence.map(lambda value: value[counts]), rows[counts]
         check_finite(self.loss.rewards(evidence).margin, rows, self.trainer.global_step if self._trainer else 0)
-        return evaluate(self.loss, self.margin, evidence, state_to_device(state, self.device), self.ranks)
+        here = state_to_device(state, self.device)
+        if self.training:
+            return train(self.loss, self.margin, evidence, here, self.ranks)
+        return evaluate(self.loss, self.margin, evidence, here.margin, self.ranks)[0], state
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
-        """One micro-batch; advances the margin's state."""
-        output, self.margin_state = self.compute(batch, self.margin_state)
+        """One micro-batch; advances the state of loss and margin."""
+        output, (self.loss_state, self.margin_state) = self.compute(batch, self.step_state)
         detached = output._replace(loss=output.loss.detach())
         self.last_output, self.last_batch = detached, batch
         self.log("train/loss", detached.loss, prog_bar=True, batch_size=batch.num_pairs, sync_dist=True)
-        self.log_dict(training_log(detached), batch_size=batch.num_pairs, sync_dist=True)
-        return {"loss": output.loss, "output": detached}
+        of_loss = {f"train/{name}": value for name, value in self.loss.report(self.loss_state).items()}
+        self.log_dict(training_log(detached) | of_loss, batch_size=batch.num_pairs, sync_dist=True)
+        scale = batch.weight.mean() * short_step_factor(
+            batch_idx, self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        )
+        return {"loss": output.loss * scale, "output": detached}
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Evaluate; the margin's state is read, never advanced."""
@@ -179,11 +211,11 @@ class PreferenceModule(LightningModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
         """Score pairs: row, log-probabilities, rewards, margins and loss, [P] each."""
-        output, _ = self.compute(batch, self.margin_state)
+        output, _ = self.compute(batch, self.step_state)
         return {"index": batch.index[batch.weight > 0], **PairMetrics.columns(output)}
 
     def _evaluation_step(self, batch: PreferenceBatch) -> dict[str, Any]:
-        output, _ = self.compute(batch, self.margin_state)
+        output, _ = self.compute(batch, self.step_state)
         self.pair_metrics.update(output, batch.index[batch.weight > 0])
         return {"output": output}
 
@@ -197,21 +229,23 @@ class PreferenceModule(LightningModule):
         if self.reference is None or self.reference.source != "cached" or dataset.reference is not None:
             return
         datamodule, config = self.trainer.datamodule, self.reference.config
-        dataset.reference = cached_logps(
+        self.reference_cost[split] = found = cached_logps(
             dataset.pairs,
             self._open_scoring,
             key=ReferenceKey(
                 weights=self.reference.weights,
                 layout=datamodule.layout,
                 precision=f"{config.dtype}/{self.trainer.precision}",
-                attention=config.attention,
+                attention=config.attention if datamodule.layout == "padded" else SEGMENTS,
             ),
             folder=datamodule.cache_dir or default_cache_dir(),
             ranks=self.ranks,
             batch_size=datamodule.eval_batch_size,
             collate=datamodule.collate,
             description=f"reference log-probabilities, {split}",
+            needed=BASE_FIELDS + (SHARED_FIELDS if self.loss.needs_shared else ()),
         )
+        dataset.reference = found.logps
 
     def open_reference(self) -> AbstractContextManager[CompletionScorer]:
         """Give the frozen reference, in eval mode; also where the loss itself reads none."""
@@ -222,7 +256,7 @@ class PreferenceModule(LightningModule):
     def _open_scoring(self) -> Iterator[Callable[[PreferenceBatch], PairLogps]]:
         """Give a function from batch to reference log-probabilities, under the trainer's precision."""
         with self.open_reference() as scorer, torch.no_grad(), self.precision_context():
-            yield lambda batch: scorer(batch.model_input.to(self.device))
+            yield lambda batch: score(scorer, batch.to(self.device))
 
     def precision_context(self) -> AbstractContextManager[Any]:
         """The trainer's autocast, for forwards outside of its loops."""
@@ -265,7 +299,7 @@ class PreferenceModule(LightningModule):
         """Check the first step; make the step's randomness a function of (seed, epoch, batch, rank)."""
         if batch_idx == 0 and self._policy_is_untouched() and self.reference and self.reference.is_start_of_policy:
             with evaluating(self.policy), torch.no_grad(), self.precision_context():
-                policy, reference = self.policy(batch.model_input), self._reference_logps(batch)
+                policy, reference = score(self.policy, batch), self._reference_logps(batch)
             full_precision = self.policy_config.dtype == "float32" and self.trainer.precision == "32-true"
             check_agreement(policy, reference, batch.index, full_precision=full_precision)
         torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.ranks.rank)) % 2**63)
@@ -279,13 +313,17 @@ class PreferenceModule(LightningModule):
         self._log_pair_metrics("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what training changes and the margin's state; drop the reference and frozen weights."""
+        """Keep what training changes and the state of loss and margin; drop the reference and frozen weights."""
         checkpoint["state_dict"] = slim_state_dict(self, checkpoint["state_dict"])
+        checkpoint["loss_state"] = state_to_plain(self.loss_state)
         checkpoint["margin_state"] = state_to_plain(self.margin_state)
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the margin's state; refuse a checkpoint of other weights or another margin."""
-        self.margin_state = load_margin_state(self, checkpoint)
+        """Restore the state of loss and margin; refuse a checkpoint of other weights, another loss or margin."""
+        if self._trainer is not None and self._trainer.training:
+            check_same_accumulation(checkpoint, self._trainer.accumulate_grad_batches)
+        self.loss_state, self.margin_state = load_step_state(self, checkpoint)
 
     def _log_pair_metrics(self, prefix: str) -> None:
         values = self.pair_metrics.compute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,16 +10,33 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from gamma_po.data.dataset import Example, PairDataset, by_length, collate
-from gamma_po.data.formatting import Columns, Preference, read_preferences
-from gamma_po.data.loader import ResumableLoader, SequentialBatches, ShuffledBatches
+from gamma_po.data.batching import TokenCosts
+from gamma_po.data.columns import Columns
+from gamma_po.data.dataset import Example, PairDataset, by_length, collate, cut_by_tokens
+from gamma_po.data.formatting import Preference
+from gamma_po.data.loader import ResumableLoader, SequentialBatches, ShuffledBatches, TokenBatches
+from gamma_po.data.mixtures import (
+    Rules,
+    Source,
+    Sources,
+    Split,
+    Treatment,
+    as_sources,
+    check_sources,
+    select,
+    shared_prompts,
+)
 from gamma_po.data.noise import flip_mask
-from gamma_po.data.tokenization import Tokenization, tokenize_preferences
-from gamma_po.errors import ConfigError, require
+from gamma_po.data.pair_files import Reading, pair_file
+from gamma_po.data.reference_cache import default_cache_dir
+from gamma_po.data.tokenization import Tokenization, TokenizedPair
+from gamma_po.errors import ConfigError, DataError, require
 from gamma_po.layouts import LAYOUTS
 from gamma_po.ranks import current_ranks
 from gamma_po.types import PreferenceBatch
@@ -35,43 +53,66 @@ class PreferenceDataModule(LightningDataModule):
     """Preference triplets (prompt, chosen, rejected) from files or the hub.
 
     Args:
-        train: json, jsonl, parquet or csv file, `package:NAME/inner/file`, or hub name with an optional `:split`.
-        validation: likewise; its labels are never made noisy.
+        train: json, jsonl, parquet or csv file, `package:NAME/inner/file`, or hub name with an optional `:split`; or a
+            list of sources, each with a path and perhaps a weight, a limit and columns of its own.
+        validation: one such source; its labels are never made noisy.
         test: likewise; its prompts serve the comparison of samples after training.
         columns: how the columns are called.
         tokenization: template and truncation.
-        layout: how pairs become rows of the model: `padded`, a row per completion, or `shared_prefix`, a row per
-            pair in which the prompt is encoded once (faster, the more so the longer the prompts).
-        batch_size: pairs per step and rank.
+        layout: how pairs become rows of the model: `padded`, a row per completion; `packed`, all completions in one
+            row without padding; `shared_prefix`, likewise with each prompt encoded once for its two completions
+            (the fastest, the more so the longer the prompts).
+        batch_size: pairs per micro-batch and rank; an optimizer step holds
+            `batch_size × trainer.accumulate_grad_batches × processes` pairs.
+        length_window: how a step's pairs fall into its micro-batches. null: at random, equally many in each. 1: by
+            tokens, so that little is padded and the largest micro-batch is small; the step's pairs stay the same, and
+            so does the mean over them. n > 1: the pairs of n steps are sorted by length before they are cut into
+            steps, which pads less, but puts pairs of like length into the same step.
+        max_tokens_per_forward: what a forward may hold, padding included. A batch that holds more is computed in
+            several forwards; loss and gradient stay those of the whole batch. In training this costs these pairs
+            a second forward, so where most batches are cut, a lower batch_size with a higher
+            trainer.accumulate_grad_batches is faster. null: no limit.
         eval_batch_size: pairs per forward in evaluation and when the reference is scored.
         label_noise: probability in [0, 1] with which each training pair's label is flipped.
         label_noise_seed: of the flips.
         invalid_rows: what to do with empty completions, identical pairs and the like: stop, or drop and count.
-        limit_train: use only the first so many training pairs.
+        validation_share: of the training prompts, held out with all their pairs as validation data.
+        split_seed: of the held-out prompts, and of weights that are not whole numbers.
+        duplicates: what to do with training pairs that repeat another: keep (and count), drop, or error.
+        contradictions: likewise with pairs whose reverse is there too; drop takes out both sides.
+        limit_train: use only the first so many training pairs (of each source).
         limit_validation: likewise for validation.
         limit_test: likewise for test.
         num_workers: processes that collate batches.
+        tokenizing_processes: processes that tokenise sets of more than 20 480 pairs; null for one per core.
         seed: of the batch order.
-        cache_dir: folder of the reference cache; by default under ~/.cache.
+        cache_dir: folder of the caches of tokens and of the reference; by default under ~/.cache.
     """
 
     def __init__(
         self,
-        train: str | None = None,
+        train: str | list[Source] | None = None,
         validation: str | None = None,
         test: str | None = None,
         columns: Columns = Columns(),  # noqa: B008 - frozen
         tokenization: Tokenization = Tokenization(),  # noqa: B008 - frozen
-        layout: Literal["padded", "shared_prefix"] = "padded",
+        layout: Literal["padded", "packed", "shared_prefix"] = "padded",
         batch_size: int = 8,
+        length_window: int | None = None,
+        max_tokens_per_forward: int | None = None,
         eval_batch_size: int = 16,
         label_noise: float = 0.0,
         label_noise_seed: int = 0,
         invalid_rows: Literal["error", "drop"] = "error",
+        validation_share: float = 0.0,
+        split_seed: int = 0,
+        duplicates: Treatment = "keep",
+        contradictions: Treatment = "keep",
         limit_train: int | None = None,
         limit_validation: int | None = None,
         limit_test: int | None = None,
         num_workers: int = 0,
+        tokenizing_processes: int | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
@@ -79,21 +120,41 @@ class PreferenceDataModule(LightningDataModule):
         require(batch_size >= 1, "data.batch_size", batch_size, "an integer >= 1")
         require(eval_batch_size >= 1, "data.eval_batch_size", eval_batch_size, "an integer >= 1")
         require(0 <= label_noise <= 1, "data.label_noise", label_noise, "a probability in [0, 1]")
-        self.sources = {"train": train, "validation": validation, "test": test}
+        if label_noise == 0 and label_noise_seed != 0:
+            raise ConfigError(
+                f"data.label_noise_seed={label_noise_seed} is not used: data.label_noise={label_noise} flips no label; "
+                "allowed: data.label_noise above 0, or no data.label_noise_seed"
+            )
+        allowed = "an integer >= 1, or null"
+        require((tokenizing_processes or 1) >= 1, "data.tokenizing_processes", tokenizing_processes, allowed)
+        require(tokenizing_processes != 0, "data.tokenizing_processes", tokenizing_processes, allowed)
+        self.rules = Rules(
+            duplicates=duplicates, contradictions=contradictions, validation_share=validation_share, seed=split_seed
+        )
+        training = train if train is None or isinstance(train, str) else Sources(train)
+        self.sources = {"train": training, "validation": validation, "test": test}
+        if validation_share:
+            require(validation is None, "data.validation", validation, "null with data.validation_share")
+            self.sources["validation"] = training
+        check_sources(training, columns)
         self.limits = {"train": limit_train, "validation": limit_validation, "test": limit_test}
         for split, limit in self.limits.items():
             require(limit is None or limit >= 1, f"data.limit_{split}", limit, "an integer >= 1, or null")
         require(layout in LAYOUTS, "data.layout", layout, ", ".join(LAYOUTS))
         self.columns, self.tokenization, self.layout = columns, tokenization, layout
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        _check_batching(length_window, max_tokens_per_forward, layout)
+        self.length_window, self.max_tokens_per_forward = length_window, max_tokens_per_forward
         self.label_noise, self.label_noise_seed = label_noise, label_noise_seed
         self.invalid_rows = invalid_rows
         self.num_workers, self.seed = num_workers, seed
+        self.tokenizing_processes = tokenizing_processes or os.cpu_count() or 1
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.datasets: dict[str, PairDataset] = {}
-        self.preferences: dict[str, list[Preference]] = {}
+        self.preferences: dict[str, Sequence[Preference]] = {}
         self.counts: dict[str, dict[str, int]] = {}
+        self._splits: dict[str, Split] = {}
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits that the stage needs; splits already there stay."""
@@ -106,17 +167,25 @@ class PreferenceDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.{required} is not set; `{command}` needs it: a file, package:NAME/file or hub name"
             )
+        _check_equal_forwards(self.trainer, self.max_tokens_per_forward)
         for split in SPLITS_OF_STAGE[stage]:
             if self.sources[split] is not None and split not in self.datasets:
                 self.datasets[split] = self._read(split)
+        for split in self._splits.keys() - {"train"} if "train" in self._splits else ():
+            shared = shared_prompts(self._splits[split], self._splits["train"])
+            self.counts[split]["prompts_also_in_training"] = shared
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches that resume exactly."""
         ranks = current_ranks()
         dataset = self._with_reference("train")
-        batches = ShuffledBatches(
-            len(dataset), self.batch_size, seed=self.seed, rank=ranks.rank, world_size=ranks.world_size
-        )
+        common = {"seed": self.seed, "rank": ranks.rank, "world_size": ranks.world_size}
+        if self.length_window is None:
+            batches = ShuffledBatches(len(dataset), self.batch_size, **common)
+        else:
+            costs, accumulate = TokenCosts.of(dataset.pairs, self.layout), _accumulation(self.trainer)
+            common |= {"accumulate": accumulate, "window": self.length_window}
+            batches = TokenBatches(costs, self.batch_size, **common)
         return ResumableLoader(dataset, batch_sampler=batches, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -145,22 +214,44 @@ class PreferenceDataModule(LightningDataModule):
         return DataLoader(dataset, batch_sampler=batches, **self._loader_options())
 
     def _read(self, split: str) -> PairDataset:
-        source = self.sources[split]
-        assert source is not None and self.tokenizer is not None
-        preferences, counts = read_preferences(
-            source, self.columns, invalid_rows=self.invalid_rows, limit=self.limits[split]
-        )
-        pairs, kept, token_counts = tokenize_preferences(
-            preferences, self.tokenizer, self.tokenization, show_progress=current_ranks().rank == 0
-        )
-        self.preferences[split] = [preferences[i] for i in kept]
-        self.counts[split] = {**counts, **token_counts}
+        chosen = self._select(split)
+        self._splits[split] = chosen
+        self.preferences[split], self.counts[split] = chosen.preferences, chosen.counts
+        self._check_longest(split, chosen.pairs)
         rate = self.label_noise if split == "train" else 0.0
-        flipped = flip_mask(len(pairs), rate, self.label_noise_seed)
-        column = None
-        if self.columns.margin is not None:
-            column = torch.tensor([preference.column for preference in self.preferences[split]])
-        return PairDataset(pairs, flipped, column)
+        flipped = flip_mask(int(chosen.origin.max()) + 1, rate, self.label_noise_seed)[chosen.origin]
+        column = None if self.columns.margin is None else chosen.column
+        return PairDataset(chosen.pairs, flipped, column)
+
+    def _select(self, split: str) -> Split:
+        """Read the split's sources, or find them in the cache, and choose its pairs."""
+        held_out = split == "validation" and self.rules.validation_share > 0
+        part = split if split == "train" or held_out else "all"
+        given, limit = self.sources[split], self.limits["train" if held_out else split]
+        assert given is not None and self.tokenizer is not None
+        sources = as_sources(given, limit)
+        folder = (self.cache_dir or default_cache_dir().parent) / "tokens"
+        files = []
+        for source in sources:
+            reading = Reading(source.columns or self.columns, self.tokenization, self.invalid_rows, source.limit)
+            quiet = {"processes": self.tokenizing_processes, "show_progress": current_ranks().rank == 0}
+            files.append(pair_file(source.path, self.tokenizer, reading, folder, **quiet))
+        weights = [source.weight for source in sources]
+        return select(files, weights, self.rules, part, self.limits["validation"])
+
+    def _check_longest(self, split: str, pairs: Sequence[TokenizedPair]) -> None:
+        """Fail now where the longest pair would not fit into a forward later."""
+        limit = self.max_tokens_per_forward
+        if limit is None:
+            return
+        costs = TokenCosts.of(pairs, self.layout)
+        row = costs.too_long(limit)
+        if row is not None:
+            raise DataError(
+                f"{self.preferences[split][row].location}: the pair alone takes {costs.total([row])} tokens in the "
+                f"{self.layout} layout, data.max_tokens_per_forward={limit} is less; raise it, or lower "
+                "data.tokenization.max_prompt_length or max_completion_length"
+            )
 
     def _with_reference(self, split: str) -> PairDataset:
         """The dataset, with cached reference log-probabilities where the module wants them."""
@@ -174,7 +265,10 @@ class PreferenceDataModule(LightningDataModule):
     def collate(self) -> Callable[[Sequence[Example]], PreferenceBatch]:
         """Lays examples out for the model."""
         assert self.tokenizer is not None
-        return partial(collate, pad_id=pad_id(self.tokenizer), layout=LAYOUTS[self.layout])
+        limit, cut = self.max_tokens_per_forward, None
+        if limit is not None:
+            cut = partial(cut_by_tokens, layout=self.layout, limit=limit)
+        return partial(collate, pad_id=pad_id(self.tokenizer), layout=LAYOUTS[self.layout], cut=cut)
 
     def _loader_options(self) -> dict[str, object]:
         return {
@@ -184,6 +278,43 @@ class PreferenceDataModule(LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
         }
+
+
+def _check_batching(length_window: int | None, max_tokens: int | None, layout: str) -> None:
+    """Refuse values that cannot work or would do nothing."""
+    require(
+        length_window is None or length_window >= 1, "data.length_window", length_window, "an integer >= 1, or null"
+    )
+    allowed = "an integer >= 1, or null"
+    require(max_tokens is None or max_tokens >= 1, "data.max_tokens_per_forward", max_tokens, allowed)
+    if length_window is not None and length_window > 1 and layout != "padded":
+        raise ConfigError(
+            f"data.length_window={length_window} is of no use with data.layout={layout}, which pads nothing; "
+            "allowed here: 1, or null"
+        )
+
+
+def _accumulation(trainer: Trainer | None) -> int:
+    """Micro-batches per optimizer step, which must be the same in every epoch."""
+    if trainer is None:
+        return 1
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        raise ConfigError(
+            "data.length_window needs the same number of micro-batches in every step, GradientAccumulationScheduler "
+            "changes it; use trainer.accumulate_grad_batches, or data.length_window: null"
+        )
+    return trainer.accumulate_grad_batches
+
+
+def _check_equal_forwards(trainer: Trainer | None, max_tokens: int | None) -> None:
+    """Sharded weights are gathered in each forward, so all ranks need equally many: there a batch cannot be cut."""
+    strategy = getattr(trainer, "strategy", None)
+    if max_tokens is not None and isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        raise ConfigError(
+            f"data.max_tokens_per_forward={max_tokens} does not work with {type(strategy).__name__}: ranks would run "
+            "different numbers of forwards and wait for each other forever; lower data.batch_size and raise "
+            "trainer.accumulate_grad_batches instead, and set data.length_window: 1"
+        )
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

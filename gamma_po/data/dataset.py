@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gamma_po.data.batching import TokenCosts
 from gamma_po.data.tokenization import TokenizedPair
 from gamma_po.layouts import Layout, padded
 from gamma_po.types import PairLogps, PreferenceBatch
 
 
 class Slot(NamedTuple):
-    """A place in a batch: which row, and whether it counts (1) or only keeps ranks in step (0)."""
+    """A place in a batch: which row, and what it counts for: 0 where it only keeps ranks in step."""
 
     index: int
     weight: float = 1.0
@@ -32,6 +33,9 @@ class Example(NamedTuple):
     flipped: bool
     column: float
     reference: PairLogps | None
+
+
+Cut = Callable[[Sequence[Example]], list[list[Example]]]
 
 
 class PairDataset(Dataset[Example]):
@@ -56,10 +60,10 @@ class PairDataset(Dataset[Example]):
         pair, flipped = self.pairs[slot.index], bool(self.flipped[slot.index])
         reference = None
         if self.reference is not None:
-            reference = PairLogps(*(values[slot.index] for values in self.reference))
+            reference = self.reference.map(lambda values: values[slot.index])
         if flipped:
             pair = pair._replace(chosen=pair.rejected, rejected=pair.chosen)
-            reference = reference and swapped(reference)
+            reference = reference and reference.swapped()
         column = float("nan") if self.column is None else float(self.column[slot.index])
         return Example(slot, pair.prompt, pair.chosen, pair.rejected, flipped, column, reference)
 
@@ -75,8 +79,10 @@ class PairDataset(Dataset[Example]):
         """The reference's log-probabilities with the labels as training sees them, [N] each."""
         if self.reference is None:
             return None
-        flipped = swapped(self.reference)
-        return PairLogps(*(torch.where(self.flipped, b, a) for a, b in zip(self.reference, flipped, strict=True)))
+        swapped = self.reference.swapped()
+        return PairLogps(
+            *(a if a is None else torch.where(self.flipped, b, a) for a, b in zip(self.reference, swapped, strict=True))
+        )
 
 
 def by_length(pairs: Sequence[TokenizedPair]) -> list[int]:
@@ -84,29 +90,39 @@ def by_length(pairs: Sequence[TokenizedPair]) -> list[int]:
     return sorted(range(len(pairs)), key=lambda i: sum(len(part) for part in pairs[i][:3]))
 
 
-def swapped(logps: PairLogps) -> PairLogps:
-    """Exchange chosen and rejected."""
-    return PairLogps(logps.rejected, logps.chosen, logps.rejected_length, logps.chosen_length)
-
-
-def collate(examples: Sequence[Example], pad_id: int, layout: Layout = padded) -> PreferenceBatch:
+def collate(
+    examples: Sequence[Example], pad_id: int, layout: Layout = padded, cut: Cut | None = None
+) -> PreferenceBatch:
     """Lay examples out for the model.
 
     Args:
         examples: P of them.
         pad_id: fills padding.
         layout: how pairs become rows; see `gamma_po.layouts`.
+        cut: divides the examples where they are too many for one forward; None leaves them together.
     """
-    parts = [[getattr(example, part) for example in examples] for part in ("prompt", "chosen", "rejected")]
+    forwards = [list(examples)] if cut is None else cut(examples)
+    examples = [example for forward in forwards for example in forward]
     reference = None
     if examples[0].reference is not None:
-        reference = PairLogps(*(torch.stack(values) for values in zip(*(e.reference for e in examples), strict=True)))
+        fields = zip(*(example.reference for example in examples), strict=True)
+        reference = PairLogps(*(None if values[0] is None else torch.stack(values) for values in fields))
     columns = torch.tensor([example.column for example in examples])
     return PreferenceBatch(
-        model_input=layout(*parts, pad_id),
+        model_inputs=tuple(layout(*_parts(forward), pad_id) for forward in forwards),
         index=torch.tensor([example.slot.index for example in examples]),
         weight=torch.tensor([example.slot.weight for example in examples]),
         flipped=torch.tensor([example.flipped for example in examples]),
         reference=reference,
         column=None if columns.isnan().all() else columns,
     )
+
+
+def cut_by_tokens(examples: Sequence[Example], *, layout: str, limit: int) -> list[list[Example]]:
+    """Divide examples so that no forward holds more than `limit` tokens under the layout, padding included."""
+    parts = TokenCosts.of(examples, layout).within(range(len(examples)), limit)
+    return [[examples[place] for place in part] for part in parts]
+
+
+def _parts(examples: Sequence[Example]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return [e.prompt for e in examples], [e.chosen for e in examples], [e.rejected for e in examples]

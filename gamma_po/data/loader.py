@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from gamma_po.data.batching import TokenCosts
 from gamma_po.data.dataset import PairDataset, Slot
 from gamma_po.errors import ConfigError, DataError
 
@@ -40,13 +41,93 @@ class ShuffledBatches(Sampler[list[Slot]]):
         """Choose the epoch whose order comes next; Lightning calls this."""
         self.epoch = epoch
 
+    def settings(self) -> dict[str, Any]:
+        """What the order is a function of; a checkpoint inside an epoch is only good for the same."""
+        return {name: getattr(self, name) for name in ("num_pairs", "batch_size", "world_size", "seed")}
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        """The epoch's pairs in the order in which global batches take them, without those that fill none."""
+        pairs = len(self) * self.batch_size * self.world_size
+        return torch.randperm(self.num_pairs, generator=generator).tolist()[:pairs]
+
     def __iter__(self) -> Iterator[list[Slot]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_pairs, generator=generator).tolist()
+        order = self._order(self._generator())
         step = self.batch_size * self.world_size
         for batch in range(self.skip, len(self)):
             start = batch * step + self.rank * self.batch_size
             yield [Slot(index) for index in order[start : start + self.batch_size]]
+
+
+class TokenBatches(ShuffledBatches):
+    """Training batches of one rank whose pairs are chosen by tokens; the optimizer steps stay what they are.
+
+    What training sees as one sample is the optimizer step: `batch_size × accumulate × world_size` pairs, always, so
+    that learning rate and schedule keep their meaning. Tokens decide only how a step's pairs fall into its
+    `accumulate × world_size` micro-batches: pairs of like length meet where rows are filled up, and the largest
+    micro-batch is as small as it can be, so that no memory is reserved for the unlucky one and no rank waits for
+    another. Micro-batches then have different numbers of pairs; each pair's weight is P / batch_size, so that the
+    mean of `weight × loss` over a micro-batch, averaged over micro-batches and ranks, is the mean over the step's
+    pairs, however they were cut. (Steps filled up to a number of tokens would weigh a pair by the lengths of
+    whatever it meets, and would change with every setting that changes tokens.)
+
+    With a window of 1 the steps hold the very pairs that ShuffledBatches gives them. A larger one sorts the pairs
+    of that many steps by length before it cuts them into steps, and shuffles the steps: less is filled up also
+    with one micro-batch per step, but a step's pairs are then alike in length. An epoch's last step, if smaller,
+    stays a random sample and stays last.
+
+    Args:
+        costs: tokens of the dataset's pairs.
+        batch_size: pairs per micro-batch and rank, on average.
+        accumulate: micro-batches per step and rank.
+        window: steps sorted together, >= 1.
+        seed, rank, world_size: as for ShuffledBatches.
+    """
+
+    def __init__(
+        self, costs: TokenCosts, batch_size: int, *, accumulate: int, window: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        super().__init__(len(costs.widths), batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.costs, self.accumulate, self.window = costs, accumulate, window
+
+    def settings(self) -> dict[str, Any]:
+        """What the order is a function of."""
+        padded = {"padded": self.costs.padded}
+        return {**super().settings(), "accumulate": self.accumulate, "length_window": self.window, **padded}
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        first, given = divmod(self.skip, self.accumulate)
+        for number, step in list(enumerate(self._steps()))[first:]:
+            for micro_batch in self._micro_batches(step, number)[given:]:
+                weight = len(micro_batch) / self.batch_size
+                yield [Slot(row, weight) for row in micro_batch]
+            given = 0
+
+    def _steps(self) -> list[list[int]]:
+        """The epoch's optimizer steps, all ranks' pairs of each."""
+        generator = self._generator()
+        order = self._order(generator)
+        size = self.batch_size * self.world_size * self.accumulate
+        whole = len(order) - len(order) % size
+        rest = [order[whole:]] if whole < len(order) else []
+        steps = []
+        for start in range(0, whole, self.window * size):
+            together = order[start : min(start + self.window * size, whole)]
+            if self.window > 1:
+                together.sort(key=lambda row: self.costs.widths[row])
+            steps += [together[i : i + size] for i in range(0, len(together), size)]
+        if self.window > 1:
+            steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+        return steps + rest
+
+    def _micro_batches(self, step: list[int], number: int) -> list[list[int]]:
+        """This rank's micro-batches of a step, in an order that has nothing to do with length."""
+        parts = self.costs.balanced(step, len(step) // self.batch_size)
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, number)) % 2**63)
+        order = torch.randperm(len(parts), generator=generator).tolist()
+        return [parts[i] for i in order[self.rank :: self.world_size]]
 
 
 class SequentialBatches(Sampler[list[Slot]]):
@@ -95,18 +176,21 @@ class ResumableLoader(DataLoader[Any]):
             ConfigError: the position is inside an epoch, whose order here would be another.
         """
         inside_epoch = 0 < state["yielded"] < len(self.batch_sampler)
-        for name, value in self._order().items():
-            if inside_epoch and state[name] != value:
-                raise ConfigError(
-                    f"the checkpoint stopped inside an epoch with {name}={state[name]}, this run has {name}={value}: "
-                    "it would not continue with the same pairs; use the settings of the run that wrote the checkpoint"
-                )
+        saved = {name: value for name, value in state.items() if name not in ("epoch", "yielded")}
+        here = self._order()
+        different = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
+        if inside_epoch and different:
+            before, now = (
+                ", ".join(f"{name}={settings.get(name, 'not set')}" for name in different) for settings in (saved, here)
+            )
+            raise ConfigError(
+                f"the checkpoint stopped inside an epoch with {before}, this run has {now}: "
+                "it would not continue with the same pairs; use the settings of the run that wrote the checkpoint"
+            )
         self._resume = dict(state)
 
     def _order(self) -> dict[str, Any]:
-        sampler = self.batch_sampler
-        order = {name: getattr(sampler, name) for name in ("num_pairs", "batch_size", "world_size", "seed")}
-        return {**order, "data": self._digest}
+        return {**self.batch_sampler.settings(), "data": self._digest}
 
     def __iter__(self) -> Iterator[Any]:
         # Set at the start, not the end: the trainer stops asking after the last batch and never exhausts this.

@@ -1,4 +1,15 @@
-"""The reference's log-probabilities, computed once and kept on disk under the hash of what they depend on."""
+"""The reference's log-probabilities, scored once per pair and kept on disk under what they depend on.
+
+That is the reference's weights, the pair's token ids after truncation, the layout, the precision and the attention
+backend. Sums and token counts are kept, so one cache serves every loss, and a pair is found again in whatever data set,
+order or subset it stands; β, margins, learning rates, label noise and batch sizes are no part of the key.
+
+Two things that are no part of it change the last digits all the same: how far a pair's row was filled up, and which
+pairs shared its forward, because that decides which kernels run. In float32 these are rounding errors; in bfloat16 they
+reach some hundredths of a nat per sequence, as they do between any two batch sizes of the policy itself. A cache is
+filled with the batch size in force at the time and not again for another. An interrupted scoring continues at a
+whole round of batches, so that with the same settings its numbers are those of one that was not interrupted.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +17,29 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from torch import Tensor
 
-from gamma_po.data.dataset import Example, Slot, by_length
+from gamma_po.data.dataset import Example, Slot
+from gamma_po.data.shards import ScoreTable, ShardFolder, pair_key
 from gamma_po.data.tokenization import TokenizedPair
-from gamma_po.errors import ConfigError
-from gamma_po.files import write_bytes
 from gamma_po.progress import track
 from gamma_po.ranks import Ranks
 from gamma_po.types import PairLogps, PreferenceBatch
 
 log = logging.getLogger(__name__)
 
-SPARE_BYTES = 16 * 2**20
+PAIRS_PER_SHARD = 1024  # what an interruption costs, at most
+BASE_FIELDS = ("chosen", "rejected", "chosen_length", "rejected_length")
+SHARED_FIELDS = ("chosen_shared", "rejected_shared")
 Score = Callable[[PreferenceBatch], PairLogps]
 Collate = Callable[[Sequence[Example]], PreferenceBatch]
+Scored = tuple[list[int], PairLogps]  # places in the table, and their values
 
 
 class ReferenceKey(NamedTuple):
@@ -40,19 +51,33 @@ class ReferenceKey(NamedTuple):
     attention: str
 
 
+class CachedLogps(NamedTuple):
+    """The reference's log-probabilities of a data set, and what they cost."""
+
+    logps: PairLogps  # [N] each, on the CPU
+    read: int  # pairs found on disk
+    computed: int  # pairs scored now; equal pairs once
+    size: int  # bytes of the reference's whole cache
+    folder: Path
+
+    def summary(self) -> str:
+        """One line for the reader."""
+        return f"{self.read:,} pairs read from the cache, {self.computed:,} scored"
+
+    def place(self) -> str:
+        """Where the cache is, and how large."""
+        return f"{self.size / 2**20:.2f} MiB in {self.folder}"
+
+
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/gamma_po/reference`, by default under ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gamma_po" / "reference"
 
 
-def cache_file(folder: Path, key: ReferenceKey, pairs: Sequence[TokenizedPair]) -> Path:
-    """Return the file that holds these pairs' log-probabilities under this reference."""
+def folder_of(key: ReferenceKey, folder: Path) -> ShardFolder:
+    """Return the shards of one reference inside the cache's folder."""
     digest = hashlib.sha256(json.dumps(key._asdict(), sort_keys=True).encode())
-    for pair in pairs:
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
-            digest.update(len(ids).to_bytes(4, "little"))
-            digest.update(ids.to(torch.int32).numpy().tobytes())
-    return folder / f"{digest.hexdigest()}.safetensors"
+    return ShardFolder(folder / digest.hexdigest()[:32])
 
 
 def cached_logps(
@@ -65,111 +90,110 @@ def cached_logps(
     batch_size: int,
     collate: Collate,
     description: str,
-) -> PairLogps:
+    needed: Sequence[str] = BASE_FIELDS,
+) -> CachedLogps:
     """Return the reference's log-probabilities of all pairs, from disk or by computing them once.
+
+    Pairs are scored from the longest to the shortest, so that a lack of memory shows at once. Each shard of some
+    thousand pairs is written when it is complete, and an interrupted scoring continues behind the last one.
 
     Args:
         pairs: N tokenised pairs, in clean order.
         open_scorer: opens the reference, in eval mode: a function from batch to [P] each; not called on a hit.
         key: what the numbers depend on.
-        folder: where the cache lives; one file per data set and key.
-        ranks: each scores its share; all get everything; rank 0 writes.
+        folder: where the cache lives; a folder per key.
+        ranks: each scores its share; all get everything; only rank 0 reads and writes.
         batch_size: pairs per forward.
         collate: lays examples out for the model.
         description: what the progress bar says.
-
-    Returns:
-        [N] each, on the CPU.
+        needed: fields without which a stored pair is scored anew. Others are given where all pairs have them.
 
     Raises:
         ConfigError: the folder cannot be made or has no room.
     """
-    path = cache_file(folder, key, pairs)
-    found = _read(path, len(pairs))
-    if bool(ranks.all_gather(torch.tensor([found is not None])).all()) and found is not None:
-        log.info("reference log-probabilities: %s pairs read from %s", len(pairs), path)
-        return found
-    if ranks.rank == 0:
-        check_room(folder, 16 * len(pairs))
-    with open_scorer() as score:
-        logps = _compute(pairs, score, ranks, batch_size, collate, description)
-    if ranks.rank == 0:
-        _write(path, logps)
-    return logps
+    keys = [pair_key(pair) for pair in pairs]
+    row = {key: row for row, key in enumerate(keys)}  # of equal pairs, one
+    table, store = ScoreTable(list(row)), folder_of(key, folder)
+    _read(store, table, ranks)
+    work = missing = table.missing(needed)
+    if missing:
+        if ranks.rank == 0:
+            store.check_room(len(missing))
+        name = hashlib.sha256(b"".join(sorted(row))).hexdigest()[:16]
+        with store.claimed(name, leader=ranks.rank == 0, told=lambda said: _told(ranks, said)):
+            _read(store, table, ranks)  # another run may have been here while this one waited
+            work = table.missing(needed)
+            if work:
+                scoring = _Scoring(ranks, batch_size, collate, description)
+                with open_scorer() as score:
+                    _compute(scoring, score, [pairs[i] for i in row.values()], work, table, store)
+    places = torch.tensor([table.place[key] for key in keys])
+    size = store.size() if ranks.rank == 0 else 0
+    found = CachedLogps(table.logps(places), len(row) - len(work), len(work), size, store.path)
+    log.info("%s: %s; %s", description, found.summary(), found.place())
+    return found
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Make the folder and fail early where it cannot take `needed` bytes.
+class _Scoring(NamedTuple):
+    """How pairs are scored."""
 
-    Raises:
-        ConfigError: naming the folder, what is free and what to set.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise ConfigError(
-            f"data.cache_dir: {folder} cannot be used: {error}; set data.cache_dir to another folder"
-        ) from error
-    if free < needed + SPARE_BYTES:
-        raise ConfigError(
-            f"data.cache_dir: {folder} has {free / 2**20:.0f} MiB free, the reference cache needs "
-            f"{(needed + SPARE_BYTES) / 2**20:.0f} MiB; free some space or set data.cache_dir to another folder"
-        )
+    ranks: Ranks
+    batch_size: int
+    collate: Collate
+    description: str
 
 
 def _compute(
-    pairs: Sequence[TokenizedPair],
+    scoring: _Scoring,
     score: Score,
-    ranks: Ranks,
-    batch_size: int,
-    collate: Collate,
-    description: str,
-) -> PairLogps:
-    """Score pairs sorted by length, each rank every world_size-th batch; every rank runs equally many forwards."""
-    order = by_length(pairs)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    pairs: Sequence[TokenizedPair],
+    missing: Sequence[int],
+    table: ScoreTable,
+    store: ShardFolder,
+) -> None:
+    """Score the missing pairs shard by shard; each rank takes every world_size-th batch, all run equally many."""
+    ranks, size = scoring.ranks, scoring.batch_size
+    order = sorted(missing, key=lambda place: -sum(len(part) for part in pairs[place][:3]))
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
     rounds = -(-len(batches) // ranks.world_size)
     mine = [batches[min(i * ranks.world_size + ranks.rank, len(batches) - 1)] for i in range(rounds)]
-    rows, values = [], []
-    for batch in track(mine, description, visible=ranks.rank == 0):
-        examples = [_example(i, pairs[i]) for i in batch]
-        logps = score(collate(examples))
-        rows.append(torch.tensor(batch))
-        values.append(torch.stack([field.float() for field in logps], dim=1))
-    device = values[0].device
-    all_rows = ranks.all_gather(torch.cat(rows).to(device)).cpu()
-    all_values = ranks.all_gather(torch.cat(values)).cpu()
-    table = torch.empty(len(pairs), 4, dtype=torch.float32)
-    table[all_rows] = all_values
-    return PairLogps(*table.unbind(1))
+    per_shard = max(1, PAIRS_PER_SHARD // (size * ranks.world_size))
+    keys = list(table.place)
+    scored: list[Scored] = []
+    for number, batch in enumerate(track(mine, scoring.description, visible=ranks.rank == 0), start=1):
+        prepared = scoring.collate([_example(place, pairs[place]) for place in batch])
+        scored.append((prepared.index.tolist(), score(prepared)))
+        if number % per_shard == 0 or number == rounds:
+            places, names, values = _gathered(scored, ranks)
+            table.put(places, names, values)
+            if ranks.rank == 0:
+                store.write([keys[place] for place in places.tolist()], names, values)
+            scored = []
 
 
-def _example(index: int, pair: TokenizedPair) -> Example:
-    return Example(Slot(index), pair.prompt, pair.chosen, pair.rejected, False, float("nan"), None)
+def _example(place: int, pair: TokenizedPair) -> Example:
+    return Example(Slot(place), pair.prompt, pair.chosen, pair.rejected, False, float("nan"), None)
 
 
-def _read(path: Path, num_pairs: int) -> PairLogps | None:
-    """Read a cache file; one that is not whole counts as absent and is computed anew."""
-    if not path.is_file():
-        return None
-    try:
-        tensors = load_file(path)
-        logps = PairLogps(*(tensors[name] for name in PairLogps._fields))
-    except (SafetensorError, KeyError) as error:
-        log.warning("the reference cache %s is damaged (%s) and is computed anew", path, error)
-        return None
-    return logps if len(logps.chosen) == num_pairs else None
+def _gathered(scored: Sequence[Scored], ranks: Ranks) -> tuple[Tensor, list[str], Tensor]:
+    """Places, names of the fields, and values [n, fields] of all ranks' pairs, each pair once."""
+    names = [name for name, field in scored[0][1]._asdict().items() if field is not None]
+    values = torch.cat([torch.stack([getattr(logps, name).float() for name in names], dim=1) for _, logps in scored])
+    places = torch.tensor([place for batch, _ in scored for place in batch], device=values.device)
+    places, values = ranks.all_gather(places).cpu(), ranks.all_gather(values).cpu()
+    once = {place: i for i, place in enumerate(places.tolist())}  # the last batch fills up the last round
+    return torch.tensor(list(once)), names, values[list(once.values())]
 
 
-def _write(path: Path, logps: PairLogps) -> None:
-    """Write beside the target and rename; if the disk refuses, keep the numbers in memory and say so."""
-    content = save({name: value.contiguous().clone() for name, value in logps._asdict().items()})
-    try:
-        write_bytes(path, content)
-    except OSError as error:
-        log.warning(
-            "the reference log-probabilities could not be saved to %s (%s); they are used from memory",
-            path,
-            error,
-        )
+def _read(store: ShardFolder, table: ScoreTable, ranks: Ranks) -> None:
+    """Rank 0 reads the disk; the others are told, so that they need not see the same one."""
+    if ranks.rank == 0:
+        store.read_into(table)
+    if ranks.world_size > 1:
+        own = slice(None) if ranks.rank == 0 else slice(0)
+        table.values, table.known = ranks.all_gather(table.values[own]), ranks.all_gather(table.known[own])
+
+
+def _told(ranks: Ranks, said: bool) -> bool:
+    """What rank 0 says, on every rank."""
+    return bool(ranks.all_gather(torch.tensor([said] if ranks.rank == 0 else [], dtype=torch.bool))[0])

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from gamma_po.losses import LOSSES, Loss, build_loss
 from gamma_po.margins import KL, MARGINS, Margin, build_margin
-from gamma_po.margins.base import state_to_plain
 from gamma_po.ranks import Distributed, Local, Ranks
-from gamma_po.types import Evidence, PairLogps
+from gamma_po.state import state_to_plain
+from gamma_po.types import Evidence
 from tests.contracts import on_two_ranks, random_evidence, with_gradient
 from tests.integration.test_ranks import two_processes
 
@@ -66,7 +66,7 @@ def global_batch(seed: int = 0) -> Evidence:
 
 def part_of(evidence: Evidence, rows: Tensor) -> Evidence:
     """Some pairs of the batch."""
-    policy, reference = (PairLogps(*(field[rows] for field in logps)) for logps in evidence[:2])
+    policy, reference = (logps.map(lambda field: field[rows]) for logps in evidence[:2])
     return Evidence(policy, reference, evidence.column[rows])
 
 

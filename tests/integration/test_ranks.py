@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file
 
-from gamma_po.margins.base import state_to_plain
 from gamma_po.ranks import Local, current_ranks
+from gamma_po.state import state_to_plain
 from tests.runs import arguments, run, steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,8 +139,10 @@ def test_two_processes_report_export_and_cache_once(both: tuple[Path, Path, Path
     for name in ("accuracy_policy", "accuracy_reference"):
         assert reports[1][name]["mean"] == pytest.approx(reports[0][name]["mean"])
     assert {path.name for path in (one / "policy").iterdir()} == {path.name for path in (two / "policy").iterdir()}
-    caches = [sorted(path.name for path in root.glob(f"cache-{name}/gamma_po/reference/*")) for name in ("one", "two")]
-    assert caches[0] == caches[1] and len(caches[0]) == 2  # train; validation and test are the same pairs
+    caches = [sorted(root.glob(f"cache-{name}/gamma_po/reference/*/*.safetensors")) for name in ("one", "two")]
+    for shards in caches:  # train; validation and test are the same pairs
+        assert sorted(len(load_file(shard)["pairs"]) for shard in shards) == [11, 32]
+    assert {shard.parent.name for shard in caches[0]} == {shard.parent.name for shard in caches[1]}
     assert [line for line in said.splitlines() if "Warning" in line] == []
 
 

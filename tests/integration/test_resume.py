@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gamma_po.errors import ConfigError
-from tests.runs import arguments, fit, steps_of
+from tests.runs import arguments, fit, run, steps_of
 from tests.tiny import tiny_rows, write_rows
 
 LORA = ["--model.lora.r", "4", "--model.lora.alpha", "8", "--model.lora.dropout", "0.1"]
@@ -94,6 +95,43 @@ def test_the_end_of_an_epoch_workers_and_accumulated_gradients_resume_exactly(
     assert_same_ending(whole, resumed, 3)
 
 
+def test_batches_cut_by_tokens_resume_exactly_and_only_with_the_same_settings(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    """Micro-batches of different numbers of pairs, some in several forwards, with dropout and workers."""
+    options = [*LORA, *TWO_EPOCHS, *EVERY_STEP, "--trainer.accumulate_grad_batches", "2", "--data.num_workers", "2"]
+    rows = tiny_rows(32)
+    for row in rows[::5]:
+        row["chosen"] += " and good" * 12
+    options += ["--data.train", str(write_rows(tmp_path / "uneven.jsonl", rows))]
+    options += ["--data.length_window", "2", "--data.max_tokens_per_forward", "250"]
+    whole = fit(tiny_model_path, tiny_data, tmp_path, options)
+    counts = {len(rows) for rows in rows_by_step(whole).values()}
+    assert len(steps_of(whole, "train/loss")) == 8 and len(counts) > 1
+    for step in (1, 6):  # inside the first and the second epoch
+        resume = [*options, "--ckpt_path", str(checkpoint_at(whole, step))]
+        assert_same_ending(whole, fit(tiny_model_path, tiny_data, tmp_path, resume), step)
+    for change, message in (
+        (["--data.length_window", "1"], "length_window=2, this run has length_window=1"),
+        (["--data.length_window", "null"], "length_window=2.*, this run has .*length_window=not set"),
+        (["--trainer.accumulate_grad_batches", "4"], "accumulate_grad_batches=2, this run has 4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            fit(tiny_model_path, tiny_data, tmp_path, [*resume, *change])
+
+
+def test_another_number_of_accumulated_micro_batches_is_refused_also_between_epochs(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = ["--trainer.max_epochs", "2", "--checkpoint.save_top_k", "-1", "--trainer.accumulate_grad_batches", "2"]
+    whole = fit(tiny_model_path, tiny_data, tmp_path, options)
+    resume = [*options, "--ckpt_path", str(checkpoint_at(whole, 4))]
+    with pytest.raises(ConfigError, match=r"accumulate_grad_batches=2, this run has 1.*give --trainer.acc\w+ 2"):
+        fit(tiny_model_path, tiny_data, tmp_path, [*resume, "--trainer.accumulate_grad_batches", "1"])
+    last = str(whole / "checkpoints" / "last.ckpt")
+    run("validate", tiny_model_path, tiny_data, tmp_path, ["--ckpt_path", last])  # evaluation takes no steps
+
+
 def test_a_limit_on_steps_resumes_exactly_and_one_that_lightning_would_miscount_is_refused(
     tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
@@ -164,9 +202,10 @@ def test_ctrl_c_while_the_reference_is_scored_leaves_no_broken_cache(
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "Traceback" not in errors
-    assert list(folder.iterdir()) == []
+    assert [file for file in folder.rglob("*") if file.suffix not in (".safetensors", ".lock") and file.is_file()] == []
     fit(tiny_model_path, tiny_data, tmp_path, ["--data.train", str(rows), "--trainer.max_steps", "2"])
-    assert len(list(folder.glob("*.safetensors"))) == 3  # the splits' files, whole
+    shards = [load_file(file) for file in folder.glob("*/*.safetensors")]
+    assert sum(len(shard["pairs"]) for shard in shards) == 1200 + 10 + 11  # every pair once
 
 
 @pytest.mark.parametrize("mode", [FULL, LORA], ids=["full", "lora"])
