@@ -3,27 +3,80 @@
 from __future__ import annotations
 
 import shlex
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from gamma_po.cli import PreferenceCLI
+from gamma_po.data.datamodule import PreferenceDataModule
+from gamma_po.module import PreferenceModule
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if path.name != "base.yaml")
+COMPARED = {"run.name", "model.lora.r", "model.lora.alpha", "model.optimizer.class_path", "model.policy.quantization"}
+OPTIMIZER = "model.optimizer.init_args."  # each optimizer has options of its own; of those, only what all share counts
+SHARED = {OPTIMIZER + name for name in ("lr", "weight_decay", "betas", "eps")}
+COMPARED |= {"data.tokenization.max_prompt_length", "data.tokenization.max_completion_length"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_an_experiment_file_is_short_says_what_it_is_and_parses(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def name_of(path: Path) -> str:
+    """Folder and name, as the test's id."""
+    return path.relative_to(ROOT / "experiments").as_posix()
+
+
+def options_of(path: Path) -> list[str]:
+    """The options of the command that the file opens with."""
+    (command,) = [line[1:].strip() for line in path.read_text().splitlines() if "python -m gamma_po" in line]
+    assert str(path.relative_to(ROOT)) in command
+    return shlex.split(command)[4:]
+
+
+def resolved(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The whole configuration, as `--print_config` gives it."""
+    with pytest.raises(SystemExit) as stop:
+        PreferenceCLI(["fit", *options_of(path), "--print_config"])
+    assert stop.value.code == 0
+    return flat(yaml.safe_load(capsys.readouterr().out))
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    items: dict[str, Any] = {}
+    for key, value in config.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return items
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_an_experiment_file_is_short_says_what_it_is_and_is_understood(
+    path: Path, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = path.read_text().splitlines()
     head = [line for line in lines if line.startswith("#")]
     assert len(lines) - len(head) <= 25
     assert any("Numbers:" in line for line in head) and any("Measured:" in line for line in head)
-    (command,) = [line[1:].strip() for line in head if "python -m gamma_po" in line]
-    assert str(path.relative_to(ROOT)) in command
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stop:
-        PreferenceCLI([*shlex.split(command)[3:], "--print_config"])
-    assert stop.value.code == 0 and "class_path" in capsys.readouterr().out
+    options = [*options_of(path), "--model.policy.path", tiny_model_path]
+    cli = PreferenceCLI([*options, "--trainer.accelerator", "cpu", "--trainer.logger", "false"], run=False)
+    assert isinstance(cli.model, PreferenceModule) and isinstance(cli.datamodule, PreferenceDataModule)
+    cli.model.configure_model()
+    assert any(parameter.requires_grad for parameter in cli.model.policy.parameters())
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in FILES if path.parent.name != "experiments"}), ids=name_of
+)
+def test_the_files_of_one_folder_differ_only_in_what_they_compare(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    configs = [resolved(path, capsys) for path in FILES if path.parent == folder]
+    assert len(configs) > 1
+    for one, other in combinations(configs, 2):
+        assert one["run.name"] != other["run.name"]
+        different = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+        own = {key for key in different if key.startswith(OPTIMIZER)} - SHARED
+        assert different - own <= COMPARED
