@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def completion_token_logps(
     """
     if chunk_tokens is None:
         elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["other"])
-        chunk_tokens = max(1, elements // head.weight.shape[0])
+        chunk_tokens = max(1, elements // cast(nn.Linear, head).out_features)
     if torch.is_grad_enabled() and hidden.requires_grad and _is_frozen_linear(head):
         values = _FrozenHead.apply(hidden, targets, head.weight, head.bias, logits, with_collision, chunk_tokens)
         return TokenLogps(*values)

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gamma_po.commit import source_commit
 from gamma_po.files import write_text
 from gamma_po.margins.base import strength
 
@@ -58,6 +58,18 @@ class RunRecord(Callback):
         table = header(trainer, pl_module)  # on every process: `trainer.log_dir` asks the first one
         if trainer.is_global_zero:
             Console().print(table)
+        for logger in trainer.loggers:
+            logger.log_metrics(data_counts(trainer), step=trainer.global_step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what the reference's log-probabilities cost: read from the cache, or scored."""
+        costs = getattr(pl_module, "reference_cost", {})
+        if costs and trainer.is_global_zero:
+            table = _two_columns("reference log-probabilities")
+            for split, cost in costs.items():
+                table.add_row(split, Text(cost.summary()))
+            table.add_row("cache", Text(cost.place()))
+            Console().print(table)
 
 
 def run_facts(seed: int) -> dict[str, Any]:
@@ -71,7 +83,7 @@ def run_facts(seed: int) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "seed": seed,
-        "commit": _commit(),
+        "commit": source_commit(),
         "versions": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -79,11 +91,16 @@ def run_facts(seed: int) -> dict[str, Any]:
     }
 
 
-def header(trainer: Trainer, module: LightningModule) -> Table:
-    """Return the table of what is in force: formulas, options, data, sizes."""
-    table = Table(title="in force", box=box.SIMPLE_HEAD, show_header=False)
+def _two_columns(title: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+    return table
+
+
+def header(trainer: Trainer, module: LightningModule) -> Table:
+    """Return the table of what is in force: formulas, options, data, sizes."""
+    table = _two_columns("in force")
     for name, value in [*_model_rows(module), *_data_rows(trainer), ("run directory", str(trainer.log_dir))]:
         table.add_row(name, Text(value))
     return table
@@ -119,21 +136,14 @@ def _data_rows(trainer: Trainer) -> list[tuple[str, str]]:
     return rows
 
 
+def data_counts(trainer: Trainer) -> dict[str, float]:
+    """Return what was truncated, dropped, repeated ... as metrics: `data/train/prompt_truncated` and the like."""
+    counts = {} if trainer.datamodule is None else trainer.datamodule.counts
+    return {f"data/{split}/{name.replace(' ', '_')}": n for split in counts for name, n in counts[split].items()}
+
+
 def trainable_share(module: LightningModule) -> str:
     """Return how many parameters train, of how many."""
     total = sum(parameter.numel() for parameter in module.policy.parameters())
     trainable = sum(parameter.numel() for parameter in module.policy.parameters() if parameter.requires_grad)
     return f"training {trainable:,} of {total:,} parameters"
-
-
-def _commit() -> str:
-    """The source tree's commit, with a mark where files differ from it; "unknown" outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return described.stdout.strip()

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from gamma_po.data.columns import Columns, UselessPair, missing, number, recognise
+from gamma_po.data.messages import Message, Prompt, is_transcript, text_or_messages, transcript_messages
 from gamma_po.data.sources import Row, iterate_rows, json_kind
 from gamma_po.errors import DataError, require
 
-Message = dict[str, str]  # role, content
-Prompt = str | tuple[Message, ...]  # plain text, or a conversation that does not end with the assistant
 InvalidRows = Literal["error", "drop"]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 UNPAIRED_SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can hold half a character; tokenizers fail on it
-UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content")
 
 
 class Preference(NamedTuple):
@@ -35,56 +31,43 @@ class Preference(NamedTuple):
     location: str  # the row it comes from
 
 
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Which column of a row holds what.
-
-    Args:
-        prompt: text or messages. May be missing, or null to leave it unread, where chosen and rejected are
-            whole conversations.
-        chosen: the better completion: text, one assistant message, or the whole conversation.
-        rejected: the worse completion.
-        margin: a finite number to carry along with each pair (e.g. a rating gap); null for none.
-    """
-
-    prompt: str | None = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    margin: str | None = None
-
-
 def to_preference(row: Row, columns: Columns) -> Preference:
     """Convert a row.
 
     Understood: a prompt (text or messages) with completions that are text or one assistant message; whole
     conversations as chosen and rejected, which must agree up to their last message, an assistant's. A prompt
-    of text beside whole conversations must be one of their messages.
+    of text beside whole conversations must be one of their messages. Messages are those of
+    `gamma_po.data.messages`; other columns than the named ones are found by `gamma_po.data.columns.recognise`.
 
     Raises:
         DataError: a column is missing or holds something else; names the row, the column, what was found
             and what is allowed.
+        UselessPair: the conversations are not a pair.
     """
-    chosen = _text_or_messages(row, columns.chosen)
-    rejected = _text_or_messages(row, columns.rejected)
+    row, columns = recognise(row, columns)
+    chosen, rejected = (_part(row, name) for name in (columns.chosen, columns.rejected))
+    prompt: Prompt | None = None
+    if columns.prompt is not None and columns.prompt in row.values:
+        prompt = _part(row, columns.prompt)
+    if columns.format == "auto":
+        prompt, chosen, rejected = _without_transcripts(prompt, chosen, rejected)
     if _is_conversation(chosen) != _is_conversation(rejected):
         raise DataError(
             f"{row.location}: columns {columns.chosen!r} and {columns.rejected!r} must both be whole "
             "conversations, or both be text or one assistant message"
         )
-    prompt: Prompt | None = None
-    if columns.prompt is not None and columns.prompt in row.values:
-        prompt = _text_or_messages(row, columns.prompt)
     if _is_conversation(chosen):
         prompt = _shared_prompt(row, columns, prompt, chosen, rejected)
     elif prompt is None:
-        raise _missing(row, columns.prompt or "prompt", "only whole conversations may leave it out")
+        raise missing(row, columns.prompt or "prompt", "only whole conversations may leave it out")
+    prompt = _with_system(row, columns, prompt)
     if not isinstance(prompt, str):
         _check_prompt_turns(row, prompt)
     return Preference(
         prompt=prompt,
         chosen=_completion(row, columns.chosen, chosen),
         rejected=_completion(row, columns.rejected, rejected),
-        column=None if columns.margin is None else _number(row, columns.margin),
+        column=number(row, columns),
         location=row.location,
     )
 
@@ -116,8 +99,8 @@ def read_preferences(
     Args:
         source: see `gamma_po.data.sources.read_rows`.
         columns: which column holds what.
-        invalid_rows: what to do with a row that has a `problem`: stop, or drop and count it. Rows of a wrong
-            shape always stop.
+        invalid_rows: what to do with a row that has a `problem` or whose conversations are not a pair: stop, or
+            drop and count it. Rows whose columns are missing or hold something else always stop.
         limit: read only until so many valid pairs are found, >= 1.
 
     Returns:
@@ -127,27 +110,57 @@ def read_preferences(
         ConfigError: an option has no such value.
         DataError: a row cannot be used, or none is left.
     """
+    dropped: Counter[str] = Counter()
+    found = iterate_preferences(source, columns, invalid_rows=invalid_rows, limit=limit, dropped=dropped)
+    return list(found), dict(dropped)
+
+
+def iterate_preferences(
+    source: str, columns: Columns, *, invalid_rows: InvalidRows, limit: int | None, dropped: Counter[str]
+) -> Iterator[Preference]:
+    """Yield the pairs of a source as they are read; see `read_preferences`.
+
+    Args:
+        source: as there.
+        columns: as there.
+        invalid_rows: as there.
+        limit: as there.
+        dropped: counts the rows that are dropped, by problem.
+
+    Raises:
+        ConfigError: an option has no such value.
+        DataError: when the iteration gets to a row that cannot be used, or to the end without a pair.
+    """
     allowed = get_args(InvalidRows)
     require(invalid_rows in allowed, "data.invalid_rows", invalid_rows, ", ".join(allowed))
     require(limit is None or limit >= 1, "limit", limit, "an integer >= 1, or null for all pairs")
-    dropped: Counter[str] = Counter()
-
-    def valid_pairs() -> Iterator[Preference]:
-        for row in iterate_rows(source):
-            preference = to_preference(row, columns)
-            found = problem(preference)
-            if found is None:
-                yield preference
-            elif invalid_rows == "error":
-                raise DataError(f"{row.location}: {found}; `data.invalid_rows: drop` would drop such rows")
-            else:
-                dropped[found] += 1
-
-    preferences = list(islice(valid_pairs(), limit))
-    if not preferences:
+    empty = True
+    for preference in islice(_valid_pairs(source, columns, invalid_rows, dropped), limit):
+        empty = False
+        yield preference
+    if empty:
         counts = ", ".join(f"{count} × {found}" for found, count in dropped.items())
         raise DataError(f"{source}: no pair is left after dropping invalid rows: {counts}")
-    return preferences, dict(dropped)
+
+
+def _valid_pairs(
+    source: str, columns: Columns, invalid_rows: InvalidRows, dropped: Counter[str]
+) -> Iterator[Preference]:
+    for row in iterate_rows(source):
+        try:
+            preference = to_preference(row, columns)
+        except UselessPair as error:
+            if invalid_rows == "error":
+                raise
+            dropped[error.reason] += 1
+            continue
+        found = problem(preference)
+        if found is None:
+            yield preference
+        elif invalid_rows == "error":
+            raise DataError(f"{row.location}: {found}; `data.invalid_rows: drop` would drop such rows")
+        else:
+            dropped[found] += 1
 
 
 def chat_text(prompt: Prompt, completion: str | None, tokenizer: PreTrainedTokenizerBase, location: str) -> str:
@@ -171,33 +184,23 @@ def chat_text(prompt: Prompt, completion: str | None, tokenizer: PreTrainedToken
         raise DataError(f"{location}: the chat template refuses the conversation: {error}") from error
 
 
-def _text_or_messages(row: Row, column: str) -> str | tuple[Message, ...]:
+def _part(row: Row, column: str) -> str | tuple[Message, ...]:
     if column not in row.values:
-        raise _missing(row, column)
-    value = row.values[column]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple) and value:
-        return tuple(_message(row, column, position, item) for position, item in enumerate(value, start=1))
-    found = "an empty list" if isinstance(value, list | tuple) else json_kind(value)
-    raise DataError(f"{row.location}: column {column!r} must hold text or a list of messages, found {found}")
+        raise missing(row, column)
+    return text_or_messages(row.values[column], f"{row.location}: column {column!r}")
 
 
-def _message(row: Row, column: str, position: int, item: Any) -> Message:
-    """Role and content of a message; what else it holds (ids, scores) is not part of the conversation."""
-    where = f"{row.location}: column {column!r}, message {position}"
-    if not isinstance(item, dict):
-        raise DataError(f"{where}: a message must be an object with role and content, found {json_kind(item)}")
-    if "role" not in item or "content" not in item:
-        raise DataError(f"{where}: a message needs role and content, found {', '.join(map(str, item)) or 'nothing'}")
-    if item["role"] not in ROLES:
-        raise DataError(f"{where}: unknown role {item['role']!r}; allowed: {', '.join(ROLES)}")
-    if not isinstance(item["content"], str):
-        raise DataError(f"{where}: content must be text, found {json_kind(item['content'])}")
-    unsupported = [key for key in UNSUPPORTED_KEYS if item.get(key)]
-    if unsupported:
-        raise DataError(f"{where}: {', '.join(unsupported)} cannot be trained on; allowed: role and content")
-    return {"role": item["role"], "content": item["content"]}
+def _without_transcripts(
+    prompt: Prompt | None, chosen: str | tuple[Message, ...], rejected: str | tuple[Message, ...]
+) -> tuple[Prompt | None, str | tuple[Message, ...], str | tuple[Message, ...]]:
+    """Turn transcripts into messages: both completions with their prompts, or a prompt that ends in "Assistant:"."""
+    if isinstance(prompt, str) and is_transcript(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
+        prompt = transcript_messages(prompt.rstrip())[:-1]
+        if isinstance(chosen, str) and isinstance(rejected, str) and not is_transcript(chosen):
+            return prompt, chosen.removeprefix(" "), rejected.removeprefix(" ")
+    if all(isinstance(side, str) and is_transcript(side) for side in (chosen, rejected)):
+        return prompt, transcript_messages(chosen), transcript_messages(rejected)
+    return prompt, chosen, rejected
 
 
 def _is_conversation(completion: str | tuple[Message, ...]) -> bool:
@@ -215,7 +218,8 @@ def _shared_prompt(
     shared = tuple(chosen[:-1])
     where = f"{row.location}: columns {columns.chosen!r} and {columns.rejected!r}"
     if shared != tuple(rejected[:-1]):
-        raise DataError(f"{where}: conversations must agree up to one last assistant message, and they do not")
+        explanation = "conversations must agree up to one last assistant message, and they do not"
+        raise UselessPair(where, explanation, "chosen and rejected part before their last message")
     if isinstance(prompt, str):
         agrees = prompt.strip() in [message["content"].strip() for message in shared]
     else:
@@ -228,39 +232,40 @@ def _shared_prompt(
     return shared
 
 
-def _check_prompt_turns(row: Row, prompt: Sequence[Message]) -> None:
-    if prompt[-1]["role"] == "assistant":
+def _with_system(row: Row, columns: Columns, prompt: Prompt) -> Prompt:
+    """The prompt after the system message of a column of its own, unless it begins with it."""
+    text = None if columns.system is None else row.values.get(columns.system)
+    if text is None or text == "":
+        return prompt
+    if not isinstance(text, str):
+        raise DataError(f"{row.location}: column {columns.system!r} must hold text, found {json_kind(text)}")
+    system = {"role": "system", "content": text}
+    turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    if turns[0] == system:
+        return turns
+    if turns[0]["role"] in ("system", "developer"):
         raise DataError(
-            f"{row.location}: the prompt ends with an assistant message; it must end with another role, and "
-            "each completion must be exactly one assistant message"
+            f"{row.location}: column {columns.system!r} and the first message of the prompt are two system messages; "
+            "`data.columns.system: null` would leave the column unread"
         )
+    return (system, *turns)
+
+
+def _check_prompt_turns(row: Row, prompt: Sequence[Message]) -> None:
+    if not prompt or prompt[-1]["role"] == "assistant":
+        explanation = (
+            "the prompt ends with an assistant message; it must end with another role, and each completion must be "
+            "exactly one assistant message"
+        )
+        raise UselessPair(row.location, explanation, "the prompt ends with an assistant message")
 
 
 def _completion(row: Row, column: str, value: str | tuple[Message, ...]) -> str:
     """The text of a completion, whose prompt is known by now."""
     if isinstance(value, str):
         return value
-    if value[-1]["role"] != "assistant":
-        raise DataError(
-            f"{row.location}: column {column!r} must end with an assistant message, found role {value[-1]['role']!r}"
-        )
+    role = value[-1]["role"]
+    if role != "assistant":
+        explanation = f"column {column!r} must end with an assistant message, found role {role!r}"
+        raise UselessPair(row.location, explanation, "a completion is not an assistant's")
     return value[-1]["content"]
-
-
-def _number(row: Row, column: str) -> float:
-    """The finite number in a column; CSV files write it as text."""
-    if column not in row.values:
-        raise _missing(row, column)
-    value = row.values[column]
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"{row.location}: column {column!r} must hold a finite number, found {value!r}")
-    return number
-
-
-def _missing(row: Row, column: str, hint: str = "") -> DataError:
-    there = ", ".join(map(str, row.values)) or "none"
-    return DataError(f"{row.location}: no column {column!r}{hint and f' ({hint})'}; columns there: {there}")

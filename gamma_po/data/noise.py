@@ -35,10 +35,14 @@ def flip_mask(num_pairs: int, rate: float, seed: int) -> Tensor:
     """
     if not 0 <= rate <= 1:
         raise ConfigError(f"label noise rate must lie in [0, 1], found {rate}")
-    return torch.tensor([_uniform(seed, index) < rate for index in range(num_pairs)], dtype=torch.bool)
+    return torch.tensor([uniform(f"label noise {seed} {i}") < rate for i in range(num_pairs)], dtype=torch.bool)
 
 
-def _uniform(seed: int, index: int) -> float:
-    """u(seed, index) in [0, 1), the same on every machine."""
-    digest = hashlib.blake2b(f"label noise {seed} {index}".encode(), digest_size=8).digest()
+def uniform(name: str) -> float:
+    """Return a number in [0, 1) that looks random and is a function of a name, the same on every machine.
+
+    >>> uniform("label noise 0 0") == uniform("label noise 0 0")
+    True
+    """
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> (64 - RANDOM_BITS)) * 2.0**-RANDOM_BITS

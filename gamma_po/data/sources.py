@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ ALLOWED = (
     "allowed: a .json, .jsonl, .parquet or .csv file, package:NAME/inner/file, "
     "or a hub data set owner/name or owner/name:split"
 )
+ROWS_AT_ONCE = 1024  # of a Parquet file: long texts must not fill the memory
 
 
 class Row(NamedTuple):
@@ -62,6 +64,23 @@ def iterate_rows(source: str) -> Iterator[Row]:
         raise DataError(f"{source}: no rows; at least one is needed")
 
 
+def content_key(source: str) -> str:
+    """Return a key of what a source holds: equal keys mean equal rows, whatever the name or place of the file.
+
+    Raises:
+        DataError: nothing is there, or it cannot be read.
+    """
+    if not _is_local(source):
+        name, split = _hub_name(source)
+        return f"hub {name}:{split} {_load_hub(name, split, source)._fingerprint}"
+    file = _local_file(source)
+    try:
+        with file.open("rb") as content:
+            return f"{file.suffix.lower()} {hashlib.file_digest(content, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error}") from error
+
+
 def _is_local(source: str) -> bool:
     """Whether `source` means something on this machine, be it there or not."""
     return (
@@ -71,17 +90,21 @@ def _is_local(source: str) -> bool:
     )
 
 
-def _local_rows(source: str) -> Iterator[Row]:
+def _local_file(source: str) -> Path:
     file = _inside_package(source) if source.startswith(PACKAGE_PREFIX) else Path(source).expanduser()
     if not file.exists():
         raise DataError(f"{source}: no such file; {ALLOWED}")
     if not file.is_file():
         raise DataError(f"{source}: this is not a file; {ALLOWED}")
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
+    if file.suffix.lower() not in READERS:
         raise DataError(f"{source}: files ending in {file.suffix!r} are not read; {ALLOWED}")
+    return file
+
+
+def _local_rows(source: str) -> Iterator[Row]:
+    file = _local_file(source)
     try:
-        yield from reader(file, source)
+        yield from READERS[file.suffix.lower()](file, source)
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error}") from error
 
@@ -115,7 +138,7 @@ def _parquet_rows(file: Path, source: str) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches():
+            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, f"{source}, row {number}")
@@ -159,14 +182,24 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 
 
 def _hub_rows(source: str) -> Iterator[Row]:
+    name, split = _hub_name(source)
+    for number, values in enumerate(_load_hub(name, split, source), start=1):
+        yield Row(values, f"{name}:{split}, row {number}")
+
+
+def _hub_name(source: str) -> tuple[str, str]:
+    """Name and split of a hub data set."""
     name, _, split = source.partition(":")
-    split = split or "train"
+    if source.lstrip().startswith(("[", "{")):
+        raise DataError(
+            f"{source}: not a list of sources; allowed: a list of objects that have a path and may have weight, "
+            "limit and columns, or one source"
+        )
     if not HUB_NAME.fullmatch(name):
         raise DataError(f"{source}: neither a file nor a hub name; {ALLOWED}")
     if Path(name).exists():  # `datasets` would read it instead of the hub
         raise DataError(f"{source}: {name} is a local folder or file; {ALLOWED}")
-    for number, values in enumerate(_load_hub(name, split, source), start=1):
-        yield Row(values, f"{name}:{split}, row {number}")
+    return name, split or "train"
 
 
 def _load_hub(name: str, split: str, source: str) -> Any:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gamma_po.data.formatting import Preference, Prompt, chat_text
-from gamma_po.errors import ConfigError, DataError, require
+from gamma_po.data.encoding import EncodedPair, Encoder
+from gamma_po.data.formatting import Preference
+from gamma_po.data.messages import Prompt
+from gamma_po.errors import DataError, require
 from gamma_po.progress import track
 
 Template = Literal["auto", "chat", "text"]
@@ -21,10 +27,10 @@ Overlong = Literal["truncate", "drop", "error"]
 PAIRS_PER_CALL = 256  # a fast tokenizer spreads one call over the cores
 COUNTS = (
     "pairs", "kept", "prompt_truncated", "chosen_truncated", "rejected_truncated",
-    "dropped_overlong", "dropped_identical", "dropped_end_inside",
+    "dropped_overlong", "dropped_identical", "dropped_end_inside", "dropped_marker_inside",
 )  # fmt: skip
 LONGER = "allowed: a higher limit, or data.tokenization.overlong: truncate or drop"
-ANCHORS = ("\n", ".", "|")  # text to put before a completion that must not look like the start of a text
+LARGE = 20_480  # pairs; smaller sets are done before several processes have started
 
 
 class TokenizedPair(NamedTuple):
@@ -89,28 +95,55 @@ def tokenize_preferences(
         The pairs that are kept, their positions among `preferences`, and counts: pairs, kept; of the kept
         prompt_truncated, chosen_truncated, rejected_truncated; and dropped_overlong, dropped_identical (the
         same tokens, e.g. after truncation), dropped_end_inside (a completion that writes out the EOS token
-        before its end).
+        before its end), dropped_marker_inside (a text that writes out a special token of the chat template).
 
     Raises:
         ConfigError: the tokenizer cannot do what the options ask for.
         DataError: a pair does not fit the template or the lengths, or none is left.
     """
-    encoder = _Encoder(tokenizer, options)
-    counts = Counter(dict.fromkeys(COUNTS, 0), pairs=len(preferences))
-    pairs, kept = [], []
-    starts = range(0, len(preferences), PAIRS_PER_CALL)
-    for start in track(starts, "tokenising pairs", visible=show_progress):
-        part = preferences[start : start + PAIRS_PER_CALL]
-        for index, ids in enumerate(encoder.encode_pairs(part), start=start):
-            pair = _fit(ids, preferences[index], tokenizer, options, counts)
+    counts: Counter[str] = Counter()
+    shown = track(preferences, "tokenising pairs", visible=show_progress)
+    found = list(tokenize_stream(shown, tokenizer, options, counts))
+    return [pair for _, _, pair in found], [index for index, _, _ in found], dict(counts)
+
+
+def tokenize_stream(
+    preferences: Iterable[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Tokenization,
+    counts: Counter[str],
+    *,
+    processes: int = 1,
+) -> Iterator[tuple[int, Preference, TokenizedPair]]:
+    """Tokenise pairs as they come, holding few of them; see `tokenize_preferences`.
+
+    Args:
+        preferences: pairs that have no `problem`.
+        tokenizer: the policy's.
+        options: how.
+        counts: filled with the counts.
+        processes: from pair LARGE on, so many processes encode.
+
+    Yields:
+        Position, pair and tokens of each pair that is kept, in order.
+
+    Raises:
+        ConfigError: the tokenizer cannot do what the options ask for.
+        DataError: when the iteration gets to a pair that cannot be used, or to the end without one.
+    """
+    encoder = make_encoder(tokenizer, options)
+    counts.update(dict.fromkeys(COUNTS, 0))
+    for part, encoded in _encode_parts(preferences, encoder, processes):
+        for preference, ids in zip(part, encoded, strict=True):
+            index = counts["pairs"]
+            counts["pairs"] += 1
+            pair = _fit(ids, preference, tokenizer, options, counts)
             if pair is not None:
-                pairs.append(pair)
-                kept.append(index)
-    counts["kept"] = len(kept)
-    if not pairs:
+                counts["kept"] += 1
+                yield index, preference, pair
+    if not counts["kept"]:
         found = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise DataError(f"no pair is left after tokenisation: {found}; at least one is needed")
-    return pairs, kept, dict(counts)
 
 
 def prompt_ids(prompt: Preference | Prompt, tokenizer: PreTrainedTokenizerBase, options: Tokenization) -> Tensor:
@@ -128,136 +161,83 @@ def prompt_ids(prompt: Preference | Prompt, tokenizer: PreTrainedTokenizerBase, 
         ConfigError: the tokenizer cannot do what the options ask for.
         DataError: the prompt does not fit the template, or is too long and `overlong` is not "truncate".
     """
-    location = "prompt"
+    encoder = make_encoder(tokenizer, options)
     if isinstance(prompt, Preference):
-        prompt, location = prompt.prompt, prompt.location
-    encoder = _Encoder(tokenizer, options)
-    ids = encoder.encode_prompts([encoder.render_prompt(prompt, location)], [location])[0]
+        location, text = prompt.location, encoder.render_pair(prompt)[0]
+    else:
+        location, text = "prompt", encoder.render_prompt(prompt, "prompt")
+    ids = encoder.encode_prompts([text], [location])[0]
     if len(ids) > options.max_prompt_length and options.overlong != "truncate":
         raise DataError(f"{location}: too long: prompt has {len(ids)} of {options.max_prompt_length} tokens; {LONGER}")
     return _tensor(_cut_prompt(ids, options.max_prompt_length, tokenizer.bos_token_id))
 
 
-class _Ids(NamedTuple):
-    """Token ids of a pair before anything is cut."""
+def make_encoder(tokenizer: PreTrainedTokenizerBase, options: Tokenization) -> Encoder:
+    """Return an encoder with or without the chat template, as the options ask.
 
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    Raises:
+        ConfigError: the tokenizer cannot do it.
+    """
+    possible = options.template != "chat" or bool(tokenizer.chat_template)
+    allowed = "auto or text, as the tokenizer has no chat template"
+    require(possible, "data.tokenization.template", options.template, allowed)
+    return Encoder(tokenizer, chat=bool(tokenizer.chat_template) and options.template != "text")
 
 
-class _Encoder:
-    """A tokenizer and what has been found out about it: turns text into uncut ids."""
+def _encode_parts(
+    preferences: Iterable[Preference], encoder: Encoder, processes: int
+) -> Iterator[tuple[list[Preference], list[EncodedPair]]]:
+    """Encode part after part, in this process up to LARGE pairs, then in several."""
+    rows = iter(preferences)
+    parts = iter(lambda: list(islice(rows, PAIRS_PER_CALL)), [])
+    for part in islice(parts, LARGE // PAIRS_PER_CALL):
+        yield part, encoder.encode_pairs(part)
+    if processes == 1:
+        for part in parts:
+            yield part, encoder.encode_pairs(part)
+        return
+    first = next(parts, None)
+    if first is not None:
+        yield from _encode_in_processes(chain([first], parts), encoder, processes)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Tokenization) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no end-of-sequence token (eos_token); completions need one")
-        possible = options.template != "chat" or bool(tokenizer.chat_template)
-        allowed = "auto or text, as the tokenizer has no chat template"
-        require(possible, "data.tokenization.template", options.template, allowed)
-        self.tokenizer = tokenizer
-        self.chat = bool(tokenizer.chat_template) and options.template != "text"
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.special_texts = tuple({*added, *tokenizer.all_special_tokens})
-        self.special_ids = set(tokenizer.convert_tokens_to_ids(list(self.special_texts)))
-        self.marks_start = self._marks_start()
 
-    def encode_pairs(self, preferences: Sequence[Preference]) -> list[_Ids]:
-        """Ids of each pair, with EOS."""
-        locations = [pair.location for pair in preferences]
-        prompts = [self.render_prompt(pair.prompt, pair.location) for pair in preferences]
-        columns = [self.encode_prompts(prompts, locations)]
-        for side in ("chosen", "rejected"):
-            texts = [
-                self.render_completion(pair, getattr(pair, side), prompt)
-                for pair, prompt in zip(preferences, prompts, strict=True)
-            ]
-            columns.append([self._end(ids) for ids in self._continuations(prompts, texts, locations)])
-        return [_Ids(*ids) for ids in zip(*columns, strict=True)]
+def _encode_in_processes(
+    parts: Iterable[list[Preference]], encoder: Encoder, processes: int
+) -> Iterator[tuple[list[Preference], list[EncodedPair]]]:
+    """Encode in order; so many parts are under way that no process waits, and no more."""
+    waiting: deque[tuple[list[Preference], Future[list[EncodedPair]]]] = deque()
+    pool = ProcessPoolExecutor(processes, initializer=_start_worker, initargs=(encoder.tokenizer, encoder.chat))
+    try:
+        for part in parts:
+            waiting.append((part, pool.submit(_encode_here, part)))
+            if len(waiting) >= 2 * processes:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that tokenises ended unexpectedly, perhaps for want of memory; allowed: fewer of them with "
+            "data.tokenizing_processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    def encode_prompts(self, texts: list[str], locations: list[str]) -> list[list[int]]:
-        """Ids of rendered prompts; plain text gets the tokenizer's leading tokens, unless they are there."""
-        encoded = self._encode(texts)
-        for text, ids, location in zip(texts, encoded, locations, strict=True):
-            if not ids:
-                raise DataError(f"{location}: the prompt {text!r} has no tokens; at least one is needed")
-        leading = [] if self.chat else self._leading_ids(texts[0], encoded[0])
-        return [ids if ids[: len(leading)] == leading else leading + ids for ids in encoded]
 
-    def render_prompt(self, prompt: Prompt, location: str) -> str:
-        """The text before the completion."""
-        if self.chat:
-            return chat_text(prompt, None, self.tokenizer, location)
-        if not isinstance(prompt, str):
-            raise DataError(
-                f"{location}: the prompt is a conversation, which needs a chat template; allowed: "
-                "data.tokenization.template: auto with a tokenizer that has one, or prompts of plain text"
-            )
-        return prompt
+_worker: dict[str, Encoder] = {}  # of a process that tokenises
 
-    def render_completion(self, pair: Preference, completion: str, prompt: str) -> str:
-        """The text after the prompt, without the white space templates add behind their end-of-turn token."""
-        if not self.chat:
-            return completion
-        text = chat_text(pair.prompt, completion, self.tokenizer, pair.location)
-        if not text.startswith(prompt):
-            raise DataError(
-                f"{pair.location}: with an answer, the chat template changes the conversation before it, so "
-                "prompt and completion cannot be told apart; allowed: a template that only appends, or "
-                "data.tokenization.template: text with prompts of plain text"
-            )
-        text = text[len(prompt) :]
-        return text.rstrip() if text.rstrip().endswith(self.special_texts) else text
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+def _start_worker(tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker["encoder"] = Encoder(tokenizer, chat=chat)
 
-    def _leading_ids(self, text: str, ids: list[int]) -> list[int]:
-        """What the tokenizer by itself puts before a text: BOS, or nothing."""
-        whole = self.tokenizer(text, verbose=False).input_ids
-        starts = [k for k in range(len(whole)) if whole[k : k + len(ids)] == ids]
-        assert starts, "special tokens surround a text and do not change it"
-        return whole[: starts[0]]
 
-    def _marks_start(self) -> bool:
-        """Whether the first word of a text is encoded differently from the same word after other text."""
-        alone, anchor, after = self._encode(["a", ANCHORS[0], ANCHORS[0] + "a"])
-        return after[: len(anchor)] == anchor and after[len(anchor) :] != alone
-
-    def _continuations(self, prompts: list[str], texts: list[str], locations: list[str]) -> list[list[int]]:
-        """Ids of each text as the continuation of its prompt, sharing no token with it.
-
-        Most tokenizers encode a text the same way wherever it stands. SentencePiece-like ones put a space
-        before the first word, which a continuation must not have: there the ids are read off behind the
-        prompt, or behind an anchor where the prompt would merge with the text.
-        """
-        if not self.marks_start:
-            return self._encode(texts)
-        heads = self._encode(prompts)
-        joined = self._encode([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
-        return [
-            ids[len(head) :] if ids[: len(head)] == head else self._after_anchor(text, location)
-            for head, ids, text, location in zip(heads, joined, texts, locations, strict=True)
-        ]
-
-    def _after_anchor(self, text: str, location: str) -> list[int]:
-        for anchor in ANCHORS:
-            head, ids = self._encode([anchor, anchor + text])
-            if ids[: len(head)] == head:
-                return ids[len(head) :]
-        raise DataError(f"{location}: the tokenizer cannot encode {text[:50]!r} as the continuation of a prompt")
-
-    def _end(self, ids: list[int]) -> list[int]:
-        """End with the first EOS, or the template's end-of-turn token, or an added EOS."""
-        eos = self.tokenizer.eos_token_id
-        if eos in ids:
-            return ids[: ids.index(eos) + 1]
-        ended = self.chat and bool(ids) and ids[-1] in self.special_ids
-        return ids if ended else [*ids, eos]
+def _encode_here(part: list[Preference]) -> list[EncodedPair]:
+    return _worker["encoder"].encode_pairs(part)
 
 
 def _fit(
-    ids: _Ids,
+    ids: EncodedPair,
     pair: Preference,
     tokenizer: PreTrainedTokenizerBase,
     options: Tokenization,
@@ -267,9 +247,12 @@ def _fit(
     if any(_ends_inside(text, tokenizer.eos_token) for text in (pair.chosen, pair.rejected)):
         counts["dropped_end_inside"] += 1
         return None
+    if ids.marked:
+        counts["dropped_marker_inside"] += 1
+        return None
     most = options.max_completion_length
     limits = {"prompt": options.max_prompt_length, "chosen": most, "rejected": most}
-    lengths = {name: len(part) for name, part in ids._asdict().items()}
+    lengths = {name: len(part) for name, part in zip(limits, ids[:3], strict=True)}
     too_long = [name for name, length in lengths.items() if length > limits[name]]
     if too_long and options.overlong == "error":
         found = ", ".join(f"{name} has {lengths[name]} of {limits[name]}" for name in too_long)

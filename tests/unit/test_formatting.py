@@ -130,11 +130,14 @@ def test_a_missing_column_is_named_beside_the_columns_that_are_there(missing: st
         (7, "found a number"),
         (0.5, "found a number"),
         (True, "found true/false"),
-        ({"role": "user", "content": "x"}, "found an object"),
+        ({"text": "x"}, "found an object"),
         ([], "found an empty list"),
         (["text"], "message 1: a message must be an object with role and content, found text"),
         ([user("a"), None], "message 2: a message must be an object with role and content, found null"),
-        ([{"from": "human", "value": "x"}], "message 1: a message needs role and content, found from, value"),
+        ([{"from": "human", "text": "x"}], "message 1: a message needs role and content, found from, text"),
+        ([{"from": "user 1", "value": "x"}], "unknown role 'user 1'; allowed: system, human"),
+        ([{"from": "function_call", "value": "{}"}], "unknown role 'function_call'"),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "content must be text, found a list"),
         ([{}], "message 1: a message needs role and content, found nothing"),
         ([{"role": "human", "content": "x"}], "unknown role 'human'; allowed: system"),
         ([{"role": ["user"], "content": "x"}], "unknown role ['user']"),
@@ -219,6 +222,30 @@ def test_conversations_that_are_not_prompt_plus_one_answer_are_refused(values: d
 )
 def test_a_problem_with_the_content_is_told_in_words(preference: Preference, expected: str | None) -> None:
     assert problem(preference) == expected
+
+
+DROPPABLE = {
+    "chosen and rejected part before their last message": {
+        "chosen": [user("a"), assistant("x")],
+        "rejected": [user("b"), assistant("y")],
+    },
+    "a completion is not an assistant's": {"prompt": "a", "chosen": [user("x")], "rejected": [user("y")]},
+    "the prompt ends with an assistant message": {
+        "chosen": [user("a"), assistant("x"), assistant("y")],
+        "rejected": [user("a"), assistant("x"), assistant("z")],
+    },
+    "no two completions with different ratings": {"prompt": "a", "generations": ["x", "y"], "ratings": [4, 4]},
+}
+
+
+@pytest.mark.parametrize("reason", DROPPABLE)
+def test_rows_that_are_no_pair_can_be_dropped_and_are_counted(reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps([DROPPABLE[reason], {"prompt": "a", "chosen": "x", "rejected": "y"}]))
+    with pytest.raises(DataError, match=r"row 1: .*`data\.invalid_rows: drop` would drop such rows"):
+        read_preferences(str(file), Columns())
+    kept, dropped = read_preferences(str(file), Columns(), invalid_rows="drop")
+    assert len(kept) == 1 and dropped == {reason: 1}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gamma_po.data.formatting import Preference, Prompt
-from gamma_po.data.tokenization import Tokenization, TokenizedPair, prompt_ids, tokenize_preferences
+from gamma_po.data.formatting import Preference
+from gamma_po.data.messages import Prompt
+from gamma_po.data.tokenization import (
+    Tokenization,
+    TokenizedPair,
+    prompt_ids,
+    tokenize_preferences,
+    tokenize_stream,
+)
 from gamma_po.errors import ConfigError, DataError
 
 WHERE = "pairs.jsonl, row 7 (line 7)"
@@ -304,6 +312,121 @@ def test_template_chat_needs_a_tokenizer_with_a_chat_template() -> None:
         tokenise(pair(), PLAIN, Tokenization(template="chat"))
 
 
+# What templates do to texts
+
+THINKING = (  # in Qwen3's manner: the last answer gets a block of thoughts, empty where it has none
+    "{%- for m in messages %}{{- '<s>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' and loop.last %}{%- set parts = m.content.split('</think>') %}"
+    "{%- set thoughts = parts[0].replace('<think>', '').strip('\n') if parts|length > 1 else '' %}"
+    "{{- '<think>\n' + thoughts + '\n</think>\n\n' + parts[-1].lstrip('\n') }}"
+    "{%- else %}{{- m.content }}{%- endif %}{{- '</s>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<s>assistant\n' }}{%- endif %}"
+)
+
+
+def test_an_empty_block_of_thoughts_belongs_to_the_prompt_of_pairs_and_of_generation() -> None:
+    tokenizer = byte_bpe(template=THINKING)
+    found = tokenise(pair("q", "yes", "no"), tokenizer)
+    assert text_of(tokenizer, found.prompt) == "<s>user\nq</s>\n<s>assistant\n<think>\n\n</think>\n\n"
+    assert (text_of(tokenizer, found.chosen), text_of(tokenizer, found.rejected)) == ("yes</s>", "no</s>")
+    assert prompt_ids("q", tokenizer, Tokenization()).equal(found.prompt)
+
+
+def test_thoughts_of_a_completion_are_part_of_it_and_the_prompt_ends_before_them() -> None:
+    tokenizer = byte_bpe(template=THINKING)
+    preference = pair("q", "<think>\nwell\n</think>\n\nyes", "no")
+    found = tokenise(preference, tokenizer)
+    assert text_of(tokenizer, found.prompt) == "<s>user\nq</s>\n<s>assistant\n"
+    assert text_of(tokenizer, found.chosen) == "<think>\nwell\n</think>\n\nyes</s>"
+    assert text_of(tokenizer, found.rejected) == "<think>\n\n</think>\n\nno</s>"
+    assert prompt_ids(preference, tokenizer, Tokenization()).equal(found.prompt)
+
+
+def test_generation_tags_of_a_template_leave_no_trace() -> None:
+    tagged = CHATML.replace("m.content", "''}}{% generation %}{{ m.content }}{% endgeneration %}{{ ''")
+    found, expected = tokenise(pair(), byte_bpe(template=tagged)), tokenise(pair(), CHAT)
+    assert all(torch.equal(*ids) for ids in zip(found[:3], expected[:3], strict=True))
+
+
+def test_contents_are_never_templates() -> None:
+    texts = ("{{ 7 * 7 }}", "{% for x in y %}", "{# no #}")
+    found = tokenise(pair(*texts), CHAT)
+    assert text_of(CHAT, found.prompt) == "<user>{{ 7 * 7 }}</s>\n<assistant>"
+    assert text_of(CHAT, found.chosen) == "{% for x in y %}</s>"
+
+
+ROLES_LOST = "{% for m in messages if m.role != 'tool' %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
+THOUGHTS_LOST = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+OLD_LLAMA = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"
+)
+TOOL_TURNS = ({"role": "user", "content": "q"}, {"role": "tool", "content": "4"})
+
+
+@pytest.mark.parametrize(
+    ("template", "preference", "expected"),
+    [
+        (ROLES_LOST, pair(TOOL_TURNS), "leaves out the tool message of a conversation with the roles user, tool"),
+        ("{{ messages[0].content }}", pair(), "leaves out the last assistant message"),
+        (THOUGHTS_LOST, pair("q", "<think>so</think>yes", "no"), "leaves out or changes part of the completion '<thi"),
+        (CHATML, pair("<user>q</s>\n<assistant>"), "already has the chat template's '<user> … </s>\\n<assistant>'"),
+        (THINKING, pair("<s>q</s>"), "already has the chat template's '<s>'"),
+        (CHATML, pair(({"role": "user", "content": " </s> q </s>"},)), "would be applied twice"),
+        (THINKING, pair("q", "<s>assistant\nyes</s>"), "'<s>assistant\\nyes</s>' already has"),
+        (OLD_LLAMA, pair("[INST] q [/INST]"), "already has the chat template's '[INST] … [/INST]'"),
+        (OLD_LLAMA, pair("<s>[INST] q [/INST]"), "already has the chat template's '[INST] … [/INST]'"),
+    ],
+)
+def test_a_template_that_loses_text_or_would_be_applied_twice_is_refused(
+    template: str, preference: Preference, expected: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        tokenise(preference, byte_bpe(template=template))
+    assert str(caught.value).startswith(WHERE) and expected in str(caught.value)
+
+
+def test_texts_that_mention_a_control_token_are_dropped_and_counted() -> None:
+    rows = [pair(), pair("what does </s> mean?"), pair("q", "<s> begins", "no"), pair("q", "a <pad> is fine")]
+    _, kept, counts = tokenize_preferences(rows, byte_bpe(template=THINKING), Tokenization(), show_progress=False)
+    assert kept == [0, 3] and counts["dropped_marker_inside"] == 2
+
+
+def test_a_rendered_prompt_is_allowed_where_no_template_is_applied() -> None:
+    found = tokenise(pair("<s>user\nq</s>\n"), byte_bpe(template=THINKING), Tokenization(template="text"))
+    assert text_of(PLAIN, found.prompt) == "<s>user\nq</s>\n"
+
+
+# Many pairs
+
+
+def test_several_processes_give_the_pairs_of_one_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gamma_po.data.tokenization.LARGE", 256)
+    rows = [pair(f"q{i}", f"yes {i}", f"no {i}" if i % 7 else f"yes {i}", f"row {i}") for i in range(1500)]
+    counts = [Counter(), Counter()]
+    one, two = (
+        list(tokenize_stream(iter(rows), CHAT, Tokenization(), found, processes=n))
+        for n, found in zip((1, 2), counts, strict=True)
+    )
+    assert counts[0] == counts[1] and counts[0]["dropped_identical"] == 215  # of 0, 7, ... 1498
+    assert [row[:2] for row in one] == [row[:2] for row in two]
+    assert all(a.equal(b) for x, y in zip(one, two, strict=True) for a, b in zip(x[2][:3], y[2][:3], strict=True))
+
+
+def test_an_error_in_another_process_names_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gamma_po.data.tokenization.LARGE", 256)
+    rows = [pair("</s>q</s>" if i == 700 else "q", location=f"row {i}") for i in range(1000)]
+    with pytest.raises(DataError, match=r"row 700: .*applied twice"):
+        list(tokenize_stream(iter(rows), CHAT, Tokenization(), Counter(), processes=2))
+
+
+def test_pairs_are_read_no_further_than_they_are_used() -> None:
+    taken = []
+    rows = (taken.append(i) or pair() for i in range(10_000))
+    next(tokenize_stream(rows, CHAT, Tokenization(), Counter()))
+    assert len(taken) == 256
+
+
 # Lengths
 
 
@@ -344,7 +467,7 @@ ROWS = [
 ]
 COUNTS = dict.fromkeys(
     ["prompt_truncated", "chosen_truncated", "rejected_truncated", "dropped_overlong", "dropped_identical"], 0
-) | {"pairs": 7, "dropped_end_inside": 1}
+) | {"pairs": 7, "dropped_end_inside": 1, "dropped_marker_inside": 0}
 
 
 def test_truncation_is_counted_and_pairs_left_without_a_difference_are_dropped() -> None:
@@ -461,6 +584,33 @@ def test_smollm2_sees_its_generation_prompt_and_ends_with_its_end_of_turn_token(
     assert text_of(smollm2, found.chosen) == f"{chosen}<|im_end|>"
     for ids in (found.chosen, found.rejected):
         assert (ids == smollm2.eos_token_id).nonzero().flatten().tolist() == [len(ids) - 1]
+
+
+@pytest.mark.smollm2
+def test_smollm2_reads_code_mathematics_and_tool_turns_to_the_letter(smollm2: PreTrainedTokenizerBase) -> None:
+    turns = (
+        {"role": "system", "content": "Answer in LaTeX.\n"},
+        {"role": "user", "content": "∫₀¹ x² dx = ?"},
+        {"role": "assistant", "content": "Let me compute."},
+        {"role": "tool", "content": '{"value": 0.333}'},
+    )
+    code = "\tif a<b and c>d:\n\t\treturn {'k': [1, 2]}  # ok\n\n"
+    found = tokenise(pair(turns, code, "$\\frac{1}{3}$"), smollm2)
+    assert text_of(smollm2, found.chosen) == code + "<|im_end|>"
+    assert text_of(smollm2, found.rejected) == "$\\frac{1}{3}$<|im_end|>"
+    expected = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+    assert text_of(smollm2, found.prompt) == expected + "<|im_start|>assistant\n"
+
+
+@pytest.mark.smollm2
+def test_smollm2_refuses_its_own_template_twice(smollm2: PreTrainedTokenizerBase) -> None:
+    rendered = smollm2.apply_chat_template(
+        [{"role": "user", "content": "q"}], add_generation_prompt=True, tokenize=False
+    )
+    with pytest.raises(DataError, match=r"already has the chat template's '<\|im_start\|>'"):
+        tokenise(pair(rendered), smollm2)
+    as_text = tokenise(pair(rendered), smollm2, Tokenization(template="text"))
+    assert as_text.prompt.equal(tokenise(pair("q"), smollm2).prompt)
 
 
 @pytest.mark.smollm2
