@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 USAGE = """\
@@ -9,11 +10,22 @@ usage: python -m gamma_po COMMAND [options]
 
 γ-PO: preference optimization with per-pair target margins.
 
+Before training (takes the options of `fit`):
+  inspect    what the run would do: tokens, data, reference, memory, time; exit status 1 if it looks wrong
+
 Training (options from YAML with --config FILE, or --model.loss DPO --data.train pairs.jsonl ...):
   fit        tune a policy on preference pairs, then compare it with its reference
   validate   metrics on the validation split          (--ckpt_path FILE)
   test       metrics and samples on the test split    (--ckpt_path FILE)
   predict    per-pair scores of the test split to Parquet
+
+After training (a policy is a run directory, a checkpoint, an exported folder, or any model):
+  generate   answers in AlpacaEval 2 and Arena-Hard formats; a chat with --interactive
+  export     a checkpoint as an adapter or a merged model, with a model card
+  evaluate   pair accuracy of implicit rewards by subset; win rates from a judge's annotations
+
+Studies:
+  study      does γ help? `study bandit`, `study alpacaeval`: arms, controls, intervals, verdicts
 
 Looking things up:
   losses     the losses: formula, options with defaults, paper
@@ -25,6 +37,7 @@ Looking things up:
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 TABLE_COMMANDS = ("losses", "margins", "presets")
+OWN_COMMANDS = ("inspect", "generate", "export", "evaluate", "study")  # a file each in gamma_po/commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,11 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
         from gamma_po.tables import write_table
 
         return write_table(command)
+    if command in OWN_COMMANDS:
+        return importlib.import_module(f"gamma_po.commands.{command}").main(arguments[1:])
     if command in TRAINER_COMMANDS:
         from gamma_po.cli import run
 
         return run(arguments)
-    sys.stderr.write(f"unknown command {command!r}; allowed: {', '.join(TRAINER_COMMANDS + TABLE_COMMANDS)}\n")
+    allowed = ", ".join(TRAINER_COMMANDS + OWN_COMMANDS + TABLE_COMMANDS)
+    sys.stderr.write(f"unknown command {command!r}; allowed: {allowed}\n")
     return 2
 
 

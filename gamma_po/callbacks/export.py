@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from gamma_po.policies import export_policy
+from gamma_po.sharding import whole_weights
 
 
 class ExportPolicy(Callback):
@@ -23,9 +24,13 @@ class ExportPolicy(Callback):
         self.enabled = enabled
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it, once, from the first process."""
+        """Write it, once, from the first process; all of them give what they hold of it."""
         folder = trainer.log_dir
-        if not self.enabled or folder is None or not trainer.is_global_zero:
+        if not self.enabled or folder is None:
             return
-        written = export_policy(pl_module.policy.model, pl_module.tokenizer, Path(folder) / "policy")
-        rank_zero_info(f"policy written to {written}")
+        policy, start = pl_module.policy.model, pl_module.policy_config.adapter
+        weights = whole_weights(policy)
+        if trainer.is_global_zero:
+            name = Path(folder) / "policy"
+            written = export_policy(policy, pl_module.tokenizer, name, start=start, weights=weights)
+            rank_zero_info(f"policy written to {written}")

@@ -45,6 +45,8 @@ class Report(Callback):
     ) -> None:
         require(num_prompts >= 0, "report.num_prompts", num_prompts, "an integer >= 0")
         require(show >= 0, "report.show", show, "an integer >= 0")
+        allowed = "a number > 0, for which log-probabilities of samples are defined"
+        require(sampling.temperature > 0, "report.sampling.temperature", sampling.temperature, allowed)
         self.enabled, self.num_prompts, self.sampling, self.gold, self.show = (
             enabled,
             num_prompts,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
+from gamma_po.errors import require
 from gamma_po.progress import track
 
 
@@ -20,8 +21,8 @@ class Sampling:
 
     Args:
         max_new_tokens: completions that have not ended by then are cut.
-        temperature: divides the logits. No top-k or top-p: what is drawn is the model's own (tempered)
-            distribution, so that log-probability ratios of samples estimate its KL divergence.
+        temperature: divides the logits; 0 takes the likeliest token. No top-k or top-p: what is drawn is the
+            model's own (tempered) distribution, so that log-probability ratios of samples estimate its KL divergence.
         batch_size: prompts per forward.
         seed: seed of the draws.
     """
@@ -30,6 +31,12 @@ class Sampling:
     temperature: float = 0.7
     batch_size: int = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "an integer >= 1")
+        require(self.temperature >= 0, "sampling.temperature", self.temperature, "a number >= 0")
+        require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "an integer >= 1")
 
 
 def sample_completions(
@@ -50,30 +57,58 @@ def sample_completions(
         Token ids [m_i] per prompt, m_i >= 1, ending with the end-of-sequence token if it was drawn;
         of `max_new_tokens` each if the model has no such token.
     """
+    completions: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for batch, rows in sampled_batches(model, prompts, sampling, description=description):
+        for i, row in zip(batch, rows, strict=True):
+            completions[i] = row
+    return completions
+
+
+def sampled_batches(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    sampling: Sampling,
+    *,
+    description: str = "sampling",
+    done: Container[int] = (),
+    streamer: TextStreamer | None = None,
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Yield batches of completions as they are drawn; see `sample_completions`.
+
+    Which prompts share a batch, and the batch's random numbers, depend on the prompts and the seed alone: a run
+    that stopped and leaves out what is done draws the same completions as one that did not stop.
+
+    Args:
+        model: as there.
+        prompts: as there.
+        sampling: as there.
+        description: as there.
+        done: prompts, by position, that have their completion; a batch of such prompts only is left out.
+        streamer: gets the tokens of a single prompt one by one.
+
+    Yields:
+        Positions of the prompts, shortest prompts first, and their completions.
+    """
     eos = _eos_ids(model)
     config = GenerationConfig(
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=0,
-        top_p=1.0,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or None,
+        top_k=0 if sampling.temperature > 0 else None,
+        top_p=1.0 if sampling.temperature > 0 else None,
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=eos or None,
         pad_token_id=eos[0] if eos else 0,
     )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    completions: list[Tensor] = [torch.empty(0)] * len(prompts)
-    state = torch.random.get_rng_state()
-    try:
-        with _blank_generation_config(model):
-            for start in track(range(0, len(order), sampling.batch_size), description):
-                batch = order[start : start + sampling.batch_size]
+    starts = range(0, len(order), sampling.batch_size)
+    batches = [(start, order[start : start + sampling.batch_size]) for start in starts]
+    todo = [(start, batch) for start, batch in batches if not all(i in done for i in batch)]
+    with _blank_generation_config(model):
+        for start, batch in track(todo, description):
+            with torch.random.fork_rng():
                 torch.manual_seed(sampling.seed * 1_000_003 + start)
-                rows = _generate(model, [prompts[i] for i in batch], config)
-                for i, row in zip(batch, rows, strict=True):
-                    completions[i] = _until_eos(row, eos)
-    finally:
-        torch.random.set_rng_state(state)
-    return completions
+                rows = _generate(model, [prompts[i] for i in batch], config, streamer)
+            yield batch, [_until_eos(row, eos) for row in rows]
 
 
 @contextmanager
@@ -88,7 +123,9 @@ def _blank_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[Non
         causal.generation_config = own
 
 
-def _generate(model: PreTrainedModel, prompts: list[Tensor], config: GenerationConfig) -> Tensor:
+def _generate(
+    model: PreTrainedModel, prompts: list[Tensor], config: GenerationConfig, streamer: TextStreamer | None
+) -> Tensor:
     """Left-pad, generate, and return only what is new, [rows, new tokens]."""
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), config.pad_token_id, dtype=torch.long)
@@ -101,6 +138,7 @@ def _generate(model: PreTrainedModel, prompts: list[Tensor], config: GenerationC
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=config,
+            streamer=streamer,
         )
     return output[:, width:].cpu()
 

@@ -108,7 +108,7 @@ class Policy(LightningModule):
 def collate(rows: list[int]) -> PreferenceBatch:
     index, empty = torch.tensor(rows), torch.zeros(len(rows), dtype=torch.long)
     return PreferenceBatch(
-        model_input=ModelInput(*[empty] * 7),
+        model_inputs=(ModelInput(*[empty] * 7),),
         index=index,
         weight=(index != PADDING).float(),
         flipped=index % 3 == 0,

@@ -1,0 +1,127 @@
+"""Pair accuracy of a policy's implicit rewards, by subset; win rates from a judge's annotations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from gamma_po.commands.arguments import guarded, parse, short_path
+from gamma_po.data.formatting import Columns, read_preferences
+from gamma_po.data.tokenization import Tokenization, tokenize_preferences
+from gamma_po.errors import ConfigError, require
+from gamma_po.evaluation.pair_scores import opened_reference, pair_logps, subset_names
+from gamma_po.evaluation.report import as_json
+from gamma_po.evaluation.subsets import SubsetAccuracy, accuracy_table, reward_margins, subset_accuracies
+from gamma_po.evaluation.win_rates import read_annotations, win_rates
+from gamma_po.files import write_text
+from gamma_po.inspection.show import facts_table
+from gamma_po.saved import SavedPolicy, on_device, open_policy
+from gamma_po.types import Evidence
+
+
+def long_texts() -> Tokenization:
+    """Lengths at which hardly anything is cut."""
+    return Tokenization(max_prompt_length=2048, max_completion_length=2048)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What to evaluate.
+
+    Args:
+        policy: where the policy is; `--policy PATH` is short for `--policy.path PATH`.
+        pairs: a preference set: a file, `package:NAME/inner/file` or hub name with an optional `:split`.
+        annotations: judge's annotations as AlpacaEval writes them; needs the package alpaca-eval.
+        reference: the reference; by default what the policy was trained from.
+        reference_free: leave out the rewards that need a reference.
+        subset: column that names each pair's subset.
+        columns: how the columns are called.
+        tokenization: template and truncation.
+        invalid_rows: what to do with empty completions, identical pairs and the like: stop, or drop and count.
+        limit: only the first so many pairs.
+        batch_size: completions per forward.
+        device: e.g. cpu or cuda; by default the GPU where there is one.
+        output: JSON file for the numbers.
+    """
+
+    policy: SavedPolicy | None = None
+    pairs: str | None = None
+    annotations: str | None = None
+    reference: SavedPolicy | None = None
+    reference_free: bool = False
+    subset: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    tokenization: Tokenization = field(default_factory=long_texts)
+    invalid_rows: Literal["error", "drop"] = "error"
+    limit: int | None = None
+    batch_size: int = 8
+    device: str | None = None
+    output: str | None = None
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; return the exit status."""
+    words = short_path(short_path(arguments, "policy"), "reference")
+    options = parse(EvaluateOptions, words, "evaluate", flags=("reference_free",))
+    return guarded(lambda: evaluate(options))
+
+
+def evaluate(options: EvaluateOptions) -> int:
+    """Measure what the options ask for, print it, and write it if there is an output.
+
+    Raises:
+        ConfigError: nothing to measure is named, or something cannot be loaded.
+        DataError: the pairs or annotations cannot be used.
+    """
+    if (options.pairs is None) == (options.annotations is None):
+        raise ConfigError("give either --pairs (a preference set) or --annotations (of a judge)")
+    require(options.batch_size >= 1, "batch_size", options.batch_size, "an integer >= 1")
+    console = Console(highlight=False)
+    result = pair_accuracies(options, console) if options.pairs is not None else judge_win_rates(options, console)
+    if options.output is not None:
+        write_text(Path(options.output).expanduser(), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        console.print(f"written to {options.output}", soft_wrap=True)
+    return 0
+
+
+def judge_win_rates(options: EvaluateOptions, console: Console) -> dict[str, Any]:
+    """Compute and print win rates."""
+    if options.policy is not None:
+        raise ConfigError("--annotations does not use --policy: the judge has already compared the answers")
+    annotations = read_annotations(options.annotations)
+    rates = win_rates(annotations)
+    title = f"{annotations[0]['generator_2']} against {annotations[0]['generator_1']}"
+    console.print(facts_table(title, [(key.replace("_", " "), f"{value:.2f}") for key, value in rates.items()]))
+    return rates
+
+
+def pair_accuracies(options: EvaluateOptions, console: Console) -> dict[str, Any]:
+    """Score the pairs under policy and reference, and print accuracies."""
+    if options.policy is None:
+        raise ConfigError("--policy is needed: a run directory, a .ckpt file, an exported adapter or model, or a model")
+    preferences, dropped = read_preferences(
+        options.pairs, options.columns, invalid_rows=options.invalid_rows, limit=options.limit
+    )
+    subsets = subset_names(options.pairs, options.subset, {preference.location for preference in preferences})
+    opened = on_device(open_policy(options.policy), options.device)
+    pairs, kept, counts = tokenize_preferences(preferences, opened.tokenizer, options.tokenization)
+    policy, reference = pair_logps(opened.model, pairs, options.batch_size, "the policy"), None
+    if not options.reference_free:
+        with opened_reference(opened, options.reference) as model:
+            reference = pair_logps(model, pairs, options.batch_size, "the reference")
+    names = [subsets[preferences[i].location] for i in kept]
+    rows = subset_accuracies(reward_margins(Evidence(policy, reference)), names, [preferences[i].prompt for i in kept])
+    console.print(accuracy_table(rows))
+    noted = {**dropped, **{key: number for key, number in counts.items() if number}}
+    found = ", ".join(f"{key.replace('_', ' ')} {number}" for key, number in noted.items())
+    console.print(f"{options.pairs}: {found}", soft_wrap=True)
+    return {"accuracies": [as_plain(row) for row in rows], "counts": noted}
+
+
+def as_plain(row: SubsetAccuracy) -> dict[str, Any]:
+    """Return a row as plain values."""
+    return {**row._asdict(), "accuracy": {name: as_json(value) for name, value in row.accuracy.items()}}

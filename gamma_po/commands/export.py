@@ -1,0 +1,89 @@
+"""Turn a checkpoint into an adapter or a whole model in Hugging Face format, with a model card."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from gamma_po.adapters import merged
+from gamma_po.commands.arguments import guarded, parse
+from gamma_po.errors import ConfigError
+from gamma_po.files import write_text
+from gamma_po.model_card import model_card
+from gamma_po.policies import export_policy
+from gamma_po.saved import SavedPolicy, find_checkpoint, open_policy, read_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export.
+
+    Args:
+        checkpoint: a .ckpt file, or a run directory (or the folder of runs of one name: the latest), whose last
+            checkpoint is taken.
+        output: the new folder; nothing is ever replaced.
+        form: `as_trained` writes the adapter if there is one, else the whole model; `merged` adds the adapter to the
+            weights of its base, W + α/r BA, and writes the whole model. If training started from an adapter
+            (model.policy.adapter), that one is merged first; beside an exported adapter it lies in `start/`.
+        base: the model under the checkpoint, where it is not where it was in training.
+        dtype: of the weights; by default as in training. Merging rounds to it once.
+        trust_remote_code: run model code from the hub. Off, whatever the checkpoint says.
+    """
+
+    checkpoint: str
+    output: str
+    form: Literal["as_trained", "merged"] = "as_trained"
+    base: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    trust_remote_code: bool = False
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; return the exit status."""
+    options = parse(ExportOptions, arguments, "export")
+    return guarded(lambda: export(options))
+
+
+def export(options: ExportOptions) -> int:
+    """Load the checkpoint, write the folder and its card.
+
+    Raises:
+        ConfigError: there is no such checkpoint, it does not fit, or the output is there already.
+    """
+    output = Path(options.output).expanduser()
+    if os.path.lexists(output):
+        raise ConfigError(f"output={options.output!r} is there already, and nothing is replaced; give another name")
+    checkpoint = find_checkpoint(options.checkpoint)
+    saved = SavedPolicy(
+        path=str(checkpoint),
+        base=options.base,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        full_precision=options.form == "merged",
+    )
+    steps = int(read_checkpoint(checkpoint).get("global_step", 0))
+    opened = open_policy(saved)
+    model = whole(opened.model) if options.form == "merged" else opened.model
+    is_adapter = isinstance(model, PeftModel)
+    folder = export_policy(model, opened.tokenizer, output, start=opened.start.adapter)
+    write_text(folder / "README.md", model_card(folder.name, opened, is_adapter=is_adapter, steps=steps))
+    kind = "adapter" if is_adapter else "model"
+    Console(highlight=False).print(f"{kind} and model card written to {folder}", soft_wrap=True)
+    return 0
+
+
+def whole(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the model with its adapter merged.
+
+    Raises:
+        ConfigError: there is no adapter, or a merged weight is not finite.
+    """
+    if not isinstance(model, PeftModel):
+        raise ConfigError("form=merged: the checkpoint has no adapter to merge; allowed: as_trained")
+    return merged(model, "form=merged")

@@ -1,0 +1,218 @@
+"""`python -m gamma_po inspect`: a dry run of `fit` that says what would happen, and what looks wrong."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+
+from gamma_po.cli import PreferenceCLI
+from gamma_po.data.sources import iterate_rows
+from gamma_po.errors import ConfigError, DataError, require
+from gamma_po.inspection.cost import free_memory
+from gamma_po.inspection.dry_run import DryRun, memory_findings, reference_scorer
+from gamma_po.inspection.findings import Finding, blocking, verdict
+from gamma_po.inspection.reference_accuracy import (
+    ReferenceAccuracy,
+    as_examples,
+    reference_accuracy,
+    reference_findings,
+    sample_order,
+)
+from gamma_po.inspection.sections import (
+    Plan,
+    accuracy_rows,
+    loss_rows,
+    memory_rows,
+    plan,
+    plan_findings,
+    policy_rows,
+    settings_findings,
+    show_data,
+    time_rows,
+)
+from gamma_po.inspection.show import duration, facts_table, pair_table
+
+REFUSED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """How much an inspection looks at.
+
+    Args:
+        show: pairs to print token by token.
+        sample: pairs, at most, on which the reference's accuracy is measured.
+        seconds: time for that measurement, and again for timing training steps; both start what they finish.
+        max_pairs: training pairs to read, at most; the rest is counted only.
+    """
+
+    show: int = 2
+    sample: int = 64
+    seconds: float = 15.0
+    max_pairs: int = 20_000
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        require(self.show >= 0, "inspect.show", self.show, "an integer >= 0")
+        require(self.sample >= 1, "inspect.sample", self.sample, "an integer >= 1")
+        require(self.seconds > 0, "inspect.seconds", self.seconds, "a number > 0")
+        require(self.max_pairs >= 1, "inspect.max_pairs", self.max_pairs, "an integer >= 1")
+
+
+class InspectCLI(PreferenceCLI):
+    """The parser of `fit`, without a run: no directory, no logger, no training."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the inspection's own options."""
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(InspectOptions, "inspect")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer without loggers, which would make directories."""
+        return LightningCLI.instantiate_trainer(self, **{**kwargs, "logger": False})
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def main(arguments: list[str]) -> int:
+    """Inspect a run; takes the options of `fit`.
+
+    Returns:
+        0 if nothing speaks against the run, 1 if it would fail or is likely wrong, 130 if interrupted.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+    console = Console()
+    try:
+        findings = inspect_run(InspectCLI(["fit", *arguments]), console)
+    except (ConfigError, DataError, MisconfigurationException, FloatingPointError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return REFUSED
+    except SystemExit as end:  # the parser has said what is wrong, or printed its help
+        return REFUSED if end.code else 0
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    return REFUSED if blocking(findings) else 0
+
+
+def inspect_run(cli: PreferenceCLI, console: Console) -> list[Finding]:
+    """Print what a run would do, section by section, and return what was found.
+
+    Args:
+        cli: parsed, its classes made.
+        console: where to print.
+    """
+    began = time.perf_counter()
+    options: InspectOptions = cli._get(cli.config_init, "inspect")
+    module, datamodule, trainer = cli.model, cli.datamodule, cli.trainer
+    console.print(facts_table("the loss", loss_rows(module)))
+    total = read_data(datamodule, module, trainer, options)
+    planned = plan(trainer, datamodule, total)
+    show_pairs(datamodule, module.tokenizer, options.show, console)
+    findings = show_data(datamodule, module.tokenizer, total, console) + plan_findings(planned)
+    free = free_memory(trainer.strategy.root_device)
+    module.configure_model()
+    trainer.precision_plugin.convert_module(module.policy.to(trainer.strategy.root_device))
+    console.print(facts_table("the policy", policy_rows(module)))
+    findings += settings_findings(module, datamodule)
+    found = measure_reference(module, datamodule, options)
+    console.print(facts_table("the reference before training", accuracy_rows(found)))
+    findings += reference_findings(found)
+    if found.finite:
+        findings += show_cost(DryRun(module, datamodule), planned, found.seconds_per_pair, free, options, console)
+    console.print(verdict(findings))
+    console.print(f"inspected in {duration(time.perf_counter() - began)}; no run was started")
+    return findings
+
+
+def read_data(datamodule: Any, module: Any, trainer: Trainer, options: InspectOptions) -> int:
+    """Read and tokenise the splits, and return how many training pairs the run will have.
+
+    A large training set is read in part; then the number is an estimate.
+    """
+    trainer.datamodule, datamodule.trainer, module.trainer = datamodule, trainer, trainer
+    datamodule.tokenizer = module.tokenizer
+    source = datamodule.sources["train"]
+    if source is None:
+        raise ConfigError("data.train is not set; `fit` needs it: a file, package:NAME/file or hub name")
+    own_limits = [None] if isinstance(source, str) else [part.limit for part in source]
+    paths = [source] if isinstance(source, str) else [part.path for part in source]
+    limit = datamodule.limits["train"]
+    wanted = [min(n for n in (limit, own, math.inf) if n is not None) for own in own_limits]
+    rows = [
+        sum(1 for _ in islice(iterate_rows(p), None if n == math.inf else n))
+        for p, n in zip(paths, wanted, strict=True)
+    ]
+    share = min(1.0, options.max_pairs / sum(rows))
+    if share < 1:
+        datamodule.limits["train"] = max(1, options.max_pairs // len(rows))
+    datamodule.setup("fit")
+    here = len(datamodule.datasets["train"])
+    return here if share == 1 else int(here * sum(rows) / sum(min(n, datamodule.limits["train"]) for n in rows))
+
+
+def show_pairs(datamodule: Any, tokenizer: Any, number: int, console: Console) -> None:
+    """Print a few random training pairs, token by token."""
+    dataset = datamodule.datasets["train"]
+    rows = sample_order(len(dataset), datamodule.seed)[:number]
+    if rows:
+        console.print(pair_table(as_examples(dataset, rows), tokenizer))
+
+
+def measure_reference(module: Any, datamodule: Any, options: InspectOptions) -> ReferenceAccuracy:
+    """Score a seeded sample of the training pairs under the reference."""
+    with reference_scorer(module) as score:
+        return reference_accuracy(
+            datamodule.datasets["train"],
+            [preference.prompt for preference in datamodule.preferences["train"]],
+            score,
+            datamodule.collate,
+            sample=options.sample,
+            batch_size=min(4, datamodule.eval_batch_size),
+            seed=datamodule.seed,
+            seconds=options.seconds,
+        )
+
+
+def show_cost(
+    dry: DryRun, planned: Plan, per_pair: float, free: int, options: InspectOptions, console: Console
+) -> list[Finding]:
+    """Print memory and time, and judge the memory; what cannot fit is not tried.
+
+    Args:
+        dry: computes micro-batches of the run.
+        planned: how often what happens.
+        per_pair: of the reference, [s].
+        free: bytes on the device before anything was loaded.
+        options: of the inspection.
+        console: where to print.
+    """
+    module, datamodule = dry.module, dry.datamodule
+    memory = dry.memory()
+    console.print(facts_table("memory at the peak of a step, estimated", memory_rows(memory, free)))
+    step = None
+    if memory.total <= free:
+        step = dry.seconds_per_step(seed=datamodule.seed, seconds=options.seconds, per_pair=per_pair)
+    cached = module.reference is not None and module.reference.source == "cached"
+    rows = time_rows(planned, datamodule.batch_size, step, per_pair if cached else None)
+    console.print(facts_table("time, measured on this machine", rows))
+    return memory_findings(
+        memory.total,
+        free,
+        lora=module.lora is not None,
+        checkpointing=module.gradient_checkpointing,
+        batch_size=datamodule.batch_size,
+    )

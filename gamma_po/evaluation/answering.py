@@ -1,0 +1,141 @@
+"""Answer a list of questions in batches, so that an interruption loses one batch at most."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gamma_po.data.tokenization import Tokenization, prompt_ids
+from gamma_po.errors import ConfigError, DataError
+from gamma_po.evaluation.answer_formats import Answer, Question
+from gamma_po.evaluation.generation import Sampling, sampled_batches
+from gamma_po.files import write_text
+from gamma_po.policies import fingerprint
+
+VERSIONS = ("gamma_po", "torch", "transformers", "peft")
+
+
+def question_ids(
+    questions: Sequence[Question], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: int
+) -> list[Tensor]:
+    """Tokenise questions; none is cut.
+
+    Args:
+        questions: N.
+        model: whose positions limit prompt and answer together.
+        tokenizer: the policy's.
+        room: tokens kept for the answer.
+
+    Raises:
+        ConfigError: no prompt can fit beside an answer of that length.
+        DataError: a question is too long for the model.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or 2**31
+    if positions <= room:
+        raise ConfigError(f"max_new_tokens={room} leaves no room for a prompt: the model has {positions} positions")
+    options = Tokenization(max_prompt_length=positions - room, overlong="error")
+    ids = []
+    for question in questions:
+        try:
+            ids.append(prompt_ids(question.prompt, tokenizer, options))
+        except DataError as error:
+            raise DataError(f"{question.row.location}: {error}; or lower max_new_tokens") from error
+    return ids
+
+
+def settings_record(
+    path: str, model: PreTrainedModel, prompts: Sequence[Tensor], sampling: Sampling, generator: str
+) -> dict[str, Any]:
+    """Return all that the answers depend on, as plain values."""
+    digest = hashlib.sha256()
+    for ids in prompts:
+        digest.update(len(ids).to_bytes(4, "little") + ids.numpy().tobytes())
+    return {
+        "policy": path,
+        "generator": generator,
+        "weights": fingerprint(model),
+        "prompts": {"number": len(prompts), "sha256": digest.hexdigest()},
+        "sampling": {**asdict(sampling), "top_k": 0, "top_p": 1.0},
+        "device": str(model.device.type),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS if _installed(name)},
+    }
+
+
+def answer_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tensor],
+    sampling: Sampling,
+    *,
+    partial: Path,
+    settings: dict[str, Any],
+) -> list[Answer]:
+    """Answer every prompt; what is in `partial` from an earlier run with the same settings is kept.
+
+    Args:
+        model: in eval mode.
+        tokenizer: decodes.
+        prompts: token ids [n_i] each.
+        sampling: how to draw.
+        partial: answers so far, a line each after a first line of settings.
+        settings: of `settings_record`.
+
+    Raises:
+        ConfigError: `partial` is of other settings.
+    """
+    answers = _read_partial(partial, settings)
+    lines = [json.dumps(settings), *(_line(i, answer) for i, answer in answers.items())]
+    write_text(partial, "".join(line + "\n" for line in lines))  # without a line that was cut
+    with partial.open("a", encoding="utf-8") as file:
+        for batch, rows in sampled_batches(model, prompts, sampling, description="answering", done=answers):
+            for i, ids in zip(batch, rows, strict=True):
+                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                length = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+                answers[i] = Answer(text, length, time.time())
+                file.write(_line(i, answers[i]) + "\n")
+            file.flush()
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _read_partial(partial: Path, settings: dict[str, Any]) -> dict[int, Answer]:
+    """The answers of an earlier run; a last line that was cut is left out."""
+    if not partial.is_file():
+        return {}
+    header, *lines = partial.read_text(encoding="utf-8").split("\n")
+    try:
+        found = json.loads(header)
+        rows = [json.loads(line) for line in lines[:-1]]  # what follows the last line end is cut, or nothing
+        answers = {row["i"]: Answer(row["text"], row["num_tokens"], row["time"]) for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"{partial}: not the answers of an interrupted run: {error}; delete it to start anew"
+        raise ConfigError(message) from error
+    different = [name for name in settings if found.get(name) != settings[name]]
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"{partial} holds the answers of an interrupted run with other settings: {name} was {found.get(name)!r}, "
+            f"is {settings[name]!r}; give the same settings, or delete it to start anew"
+        )
+    return answers
+
+
+def _line(index: int, answer: Answer) -> str:
+    return json.dumps({"i": index, **answer._asdict()}, ensure_ascii=False)
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,133 @@
+"""What a run will need: memory by what holds it, and time, both measured on micro-batches of the run itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gamma_po.logps import CHUNK_ELEMENTS
+from gamma_po.types import ModelInput
+
+PROBE = 64  # rows and columns of the parameter on which an optimizer's state is measured
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class Memory(NamedTuple):
+    """Bytes at the peak of a training step, by what holds them."""
+
+    weights: int
+    reference: int  # a copy kept in memory
+    gradients: int
+    optimizer: int
+    activations: int  # what the backward pass needs, for the longest micro-batch
+    head: int  # one chunk of logits and their gradient
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(self)
+
+
+def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of the parameters, each tied one once."""
+    return sum({p.data_ptr(): p.numel() * p.element_size() for p in parameters}.values())
+
+
+def optimizer_bytes(factory: Callable[[list[Tensor]], Optimizer], trainable: Sequence[nn.Parameter]) -> int:
+    """Bytes of the optimizer's state: measured on a small matrix of the same dtype, scaled to all parameters."""
+    if not trainable:
+        return 0
+    probe = nn.Parameter(torch.zeros(PROBE, PROBE, dtype=trainable[0].dtype))
+    optimizer = factory([probe])
+    probe.grad = torch.ones_like(probe)
+    optimizer.step()
+    tensors = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor) and value.ndim]
+    per_element = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / probe.numel()
+    return int(per_element * sum(parameter.numel() for parameter in trainable))
+
+
+def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that a forward pass keeps for its backward pass, the parameters themselves aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output  # alive until here: what is kept is in its graph, and no address is used twice
+    return sum(kept.values())
+
+
+def at_batch_size(one: int, two: int, num_pairs: int) -> int:
+    """Bytes for a micro-batch, from those for one and for two pairs: a part that stays, and one per pair.
+
+    >>> at_batch_size(10, 14, 8)
+    38
+    """
+    return one + (num_pairs - 1) * max(0, two - one)
+
+
+def head_bytes(model_input: ModelInput, num_pairs: int, vocab_size: int, itemsize: int) -> int:
+    """Bytes of one chunk of logits in the model's dtype and in float32, and of both gradients.
+
+    Args:
+        model_input: of one pair.
+        num_pairs: of the micro-batch.
+        vocab_size: logits per position.
+        itemsize: bytes of a number in the model's dtype.
+    """
+    elements = CHUNK_ELEMENTS.get(model_input.targets.device.type, CHUNK_ELEMENTS["other"])
+    return min(max(elements, vocab_size), num_pairs * len(model_input.targets) * vocab_size) * 2 * (itemsize + 4)
+
+
+def timed(step: Callable[[], object], device: torch.device, *, seconds: float, most: int) -> float:
+    """Return the mean time of a step, [s]; the first one counts only where there is no time for a second.
+
+    Args:
+        step: what is timed.
+        device: is waited for.
+        seconds: no further step starts after this time.
+        most: steps, >= 1.
+    """
+    times: list[float] = []
+    began = time.perf_counter()
+    while not times or (len(times) < most and time.perf_counter() - began < seconds):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sum(times[1:] or times) / len(times[1:] or times)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    return min(free, _free_in_cgroup(free))
+
+
+def _free_in_cgroup(otherwise: int) -> int:
+    """What the container's limit leaves; file caches count as free, as the kernel gives them back."""
+    limit, used, statistics = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit.is_file() and used.is_file() and statistics.is_file()) or limit.read_text().strip() == "max":
+        return otherwise
+    counts = dict(line.split() for line in statistics.read_text().splitlines())
+    return int(limit.read_text()) - int(used.read_text()) + int(counts.get("inactive_file", 0))

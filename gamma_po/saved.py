@@ -1,0 +1,251 @@
+"""Open what training left behind: a run directory, a checkpoint, an exported adapter or model.
+
+Nothing in a run directory is executed: checkpoints are loaded as plain tensors and values, adapters from
+safetensors only, and a `trust_remote_code` written there does not count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+
+import torch
+import yaml
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gamma_po.adapters import DESCRIPTION, START, check_adapter, load_adapter
+from gamma_po.errors import ConfigError
+from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model, load_tokenizer
+
+ALLOWED = "allowed: a run directory, a .ckpt file, an exported adapter or model, a hub name, package:NAME"
+CHECKPOINTS = ("last.ckpt", "interrupted.ckpt")
+RECORDS = ("config.yaml", "run.json")  # what marks a run directory
+Built = TypeVar("Built")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPolicy:
+    """Where a policy is, and how to load it.
+
+    Args:
+        path: a run directory (or the folder of runs of one name: the latest), a checkpoint (.ckpt), a folder written
+            by `export`, or any model.
+        base: the model under an adapter or a checkpoint, where it is not where it was in training.
+        dtype: of the weights in memory; by default as in training, for exported models float32.
+        attention: transformers' attention backend.
+        trust_remote_code: run model code from the hub. Off, whatever a checkpoint says.
+        full_precision: load a base that was quantised in training as it was before.
+    """
+
+    path: str
+    base: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
+    trust_remote_code: bool = False
+    full_precision: bool = False
+
+
+class Opened(NamedTuple):
+    """A policy in memory, in eval mode."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    start: ModelConfig | None  # what training started from; None for a model of which that is not known
+    hyper_parameters: dict[str, Any]  # of the checkpoint; empty for others
+    run: Path | None  # the run directory, where there is one
+    source: Path | None  # the checkpoint or the exported folder itself
+
+
+def open_policy(saved: SavedPolicy) -> Opened:
+    """Load a policy.
+
+    Raises:
+        ConfigError: nothing is there, it is not what it should be, or its base model cannot be found.
+    """
+    path = Path(saved.path).expanduser()
+    if path.suffix == ".ckpt":
+        return _from_checkpoint(path, saved)
+    if not path.is_dir():
+        config = _adjusted(ModelConfig(path=saved.path), saved)
+        return Opened(load_model(config), load_tokenizer(config), None, {}, None, None)
+    if (path / DESCRIPTION).is_file():
+        return _from_adapter(path, saved)
+    if (path / "config.json").is_file():
+        config = _adjusted(ModelConfig(path=str(path.resolve())), saved)
+        start = start_of_run(path.parent)
+        return Opened(load_model(config), load_tokenizer(config), start, {}, run_of(path), path)
+    return open_policy(dataclasses.replace(saved, path=str(_inside_run(path))))
+
+
+def on_device(opened: Opened, device: str | None) -> Opened:
+    """Move a policy to the device that is asked for, or to the GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return opened._replace(model=opened.model.to(torch.device(name)))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def find_checkpoint(path: str) -> Path:
+    """Return the checkpoint itself, or the last one of a run directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        place = latest_run(place) or place
+        found = [place / "checkpoints" / name for name in CHECKPOINTS if (place / "checkpoints" / name).is_file()]
+        if not found:
+            raise ConfigError(f"{path!r}: no checkpoint in it; allowed: a .ckpt file, or a run directory that has one")
+        return found[0]
+    if not place.is_file():
+        raise ConfigError(f"{path!r}: no such checkpoint; allowed: a .ckpt file, or a run directory that has one")
+    return place
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint as plain values; anything that would need code is refused.
+
+    Raises:
+        ConfigError: it is no checkpoint of this program, damaged, or holds more than plain values.
+    """
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{path}: cannot be read as plain tensors and values: {reason}") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= set(checkpoint):
+        raise ConfigError(f"{path}: not a checkpoint of this program (no state_dict and hyper_parameters)")
+    return checkpoint
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the run directory in which a checkpoint or an exported folder lies, if it lies in one."""
+    for folder in path.resolve().parents[:2]:
+        if all((folder / name).is_file() for name in RECORDS):
+            return folder
+    return None
+
+
+def latest_run(folder: Path) -> Path | None:
+    """Return the last run of a folder of runs, which are named after their start; None where it holds no run."""
+    runs = [inner for inner in folder.iterdir() if all((inner / name).is_file() for name in RECORDS)]
+    return max(runs, key=lambda run: (run.name[:15], len(run.name), run.name), default=None)
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """Return a run's `config.yaml` as plain values.
+
+    Raises:
+        ConfigError: it is not valid.
+    """
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{run / 'config.yaml'}: cannot be read: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def start_of_run(run: Path) -> ModelConfig | None:
+    """Return the model that a run started from, by its `config.yaml`; None outside of a run."""
+    if not all((run / name).is_file() for name in RECORDS):
+        return None
+    policy = run_config(run).get("model", {}).get("policy")
+    return None if policy is None else from_plain(ModelConfig, policy)
+
+
+def from_plain(kind: type[Built], plain: dict[str, Any]) -> Built:
+    """Build a dataclass of settings from the plain values of a checkpoint or of a `config.yaml`.
+
+    Names of classes that stand in the values are not looked up: `kind` decides what is built.
+
+    Raises:
+        ConfigError: a setting that `kind` does not have.
+    """
+    plain = plain.get("init_args", plain)
+    hints, values = get_type_hints(kind), {}
+    unknown = set(plain) - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise ConfigError(f"{kind.__name__} has no option {', '.join(sorted(unknown))}: written by another version?")
+    for name, value in plain.items():
+        inner = [option for option in (hints[name], *get_args(hints[name])) if dataclasses.is_dataclass(option)]
+        values[name] = from_plain(inner[0], value) if inner and isinstance(value, dict) else value
+    return kind(**values)
+
+
+# --- the kinds of places ------------------------------------------------------------------------------------------
+
+
+def _inside_run(folder: Path) -> Path:
+    """The exported policy of a run directory, or its last checkpoint; of several runs, those of the latest."""
+    folder = latest_run(folder) or folder
+    if (folder / "policy").is_dir():
+        return folder / "policy"
+    for name in CHECKPOINTS:
+        if (folder / "checkpoints" / name).is_file():
+            return folder / "checkpoints" / name
+    there = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
+    raise ConfigError(f"{str(folder)!r} holds no policy (there: {there}); {ALLOWED}")
+
+
+def _from_checkpoint(path: Path, saved: SavedPolicy) -> Opened:
+    if not path.is_file():
+        raise ConfigError(f"{saved.path!r}: no such checkpoint; {ALLOWED}")
+    checkpoint = read_checkpoint(path)
+    hyper_parameters = checkpoint["hyper_parameters"]
+    config = _adjusted(from_plain(ModelConfig, hyper_parameters["policy"]), saved, base=saved.base)
+    model = load_model(config)
+    if hyper_parameters.get("lora") is not None:
+        model = attach_lora(model, from_plain(Lora, hyper_parameters["lora"]), seed=0)
+    _load_trained(model, checkpoint["state_dict"], path)
+    return Opened(model.eval(), load_tokenizer(config), config, hyper_parameters, run_of(path), path)
+
+
+def _load_trained(model: PreTrainedModel | PeftModel, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Put the trained weights into the model; they must be all that was trainable, and nothing else."""
+    state = {key.removeprefix("policy.model."): value for key, value in state.items()}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = trainable - set(state)
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    if missing or unexpected:
+        example = sorted([*missing, *unexpected])[0]
+        raise ConfigError(f"{path}: its weights do not fit the model it names; the first difference is {example!r}")
+
+
+def _from_adapter(folder: Path, saved: SavedPolicy) -> Opened:
+    description = check_adapter(folder)
+    start = start_of_run(folder.parent)
+    below = str((folder / START).resolve()) if (folder / START).is_dir() else None
+    recorded = None if below else description.get("base_model_name_or_path")
+    if start is None and (saved.base or recorded):
+        start = ModelConfig(path=saved.base or recorded)
+    if start is None:
+        raise ConfigError(
+            f"{folder}: the adapter does not say which model it belongs to; name it: --base package:NAME, a folder or "
+            "a hub name"
+        )
+    config = dataclasses.replace(_adjusted(start, saved, base=saved.base), adapter=below)
+    model = load_adapter(load_model(config), folder)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder.resolve())) if has_tokenizer else config)
+    return Opened(model.eval(), tokenizer, config, {}, run_of(folder), folder)
+
+
+def _adjusted(config: ModelConfig, saved: SavedPolicy, *, base: str | None = None) -> ModelConfig:
+    """The configuration with what the user has said about this machine."""
+    changes: dict[str, Any] = {"trust_remote_code": saved.trust_remote_code}
+    if base is not None:
+        changes |= {"path": base, "revision": None}
+    if saved.full_precision:
+        changes |= {"quantization": None}
+    changes |= {name: value for name in ("dtype", "attention") if (value := getattr(saved, name)) is not None}
+    return dataclasses.replace(config, **changes)

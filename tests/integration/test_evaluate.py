@@ -1,0 +1,159 @@
+"""`evaluate` counts what implicit rewards get right, by subset, and leaves win rates to alpaca-eval."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from gamma_po.__main__ import main
+from gamma_po.evaluation.subsets import section_accuracies, subset_accuracies
+from tests.runs import run
+from tests.tiny import tiny_rows, tiny_tokenizer, write_rows
+
+LORA = ["--model.lora.r", "4", "--model.lora.alpha", "8", "--model.optimizer.lr", "0.03"]
+TOLERANCE = 1e-6  # shares of a few pairs
+
+
+def test_accuracies_are_those_of_log_probabilities_computed_one_by_one(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    finished = run("fit", tiny_model_path, tiny_data, tmp_path, LORA)
+    rows = [{**row, "subset": "ab"[i % 3 == 0]} for i, row in enumerate(tiny_rows(10, seed=5))]
+    pairs, output = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out.json"
+    command = ["evaluate", "--policy", str(finished.trainer_dir), "--pairs", str(pairs), "--subset", "subset"]
+    assert main([*command, "--output", str(output)]) == 0
+    model, tokenizer = finished.cli.model.policy.model.eval(), tiny_tokenizer()
+
+    def logp(prompt: str, completion: str) -> tuple[float, int]:
+        message = [{"role": "user", "content": prompt}]
+        before = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        head, tail = tokenizer(before).input_ids, [*tokenizer(completion).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logps = model(torch.tensor([head + tail])).logits[0].double().log_softmax(-1)
+        return sum(float(logps[len(head) - 1 + i, token]) for i, token in enumerate(tail)), len(tail)
+
+    hits: dict[str, list[dict[str, bool]]] = {"a": [], "b": []}
+    for row in rows:
+        (chosen, n), (rejected, m) = logp(row["prompt"], row["chosen"]), logp(row["prompt"], row["rejected"])
+        with model.disable_adapter():
+            (old_chosen, _), (old_rejected, _) = (logp(row["prompt"], row[side]) for side in ("chosen", "rejected"))
+        hits[row["subset"]].append(
+            {
+                "log_ratio": chosen - old_chosen > rejected - old_rejected,
+                "mean_log_ratio": (chosen - old_chosen) / n > (rejected - old_rejected) / m,
+                "logp": chosen > rejected,
+                "mean_logp": chosen / n > rejected / m,
+            }
+        )
+    found = {row["name"]: row for row in json.loads(output.read_text())["accuracies"]}
+    for reward in ("log_ratio", "mean_log_ratio", "logp", "mean_logp"):
+        shares = {name: sum(hit[reward] for hit in hits[name]) / len(hits[name]) for name in hits}
+        for name, share in shares.items():
+            assert found[name]["accuracy"][reward]["mean"] == pytest.approx(share, abs=TOLERANCE)
+        mean = sum(shares.values()) / 2
+        assert found["mean over subsets"]["accuracy"][reward] == pytest.approx(mean, abs=TOLERANCE)
+    assert found["all pairs"]["num_pairs"] == 10
+
+
+def test_a_whole_model_needs_its_reference_named_or_left_out(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--policy", tiny_model_path, "--pairs", tiny_data["test"]]
+    assert main(command) == 2
+    assert "name it with --reference PATH" in capsys.readouterr().err
+    output = tmp_path / "out.json"
+    assert main([*command, "--reference", tiny_model_path, "--output", str(output)]) == 0
+    (row,) = json.loads(output.read_text())["accuracies"]
+    assert row["accuracy"]["log_ratio"]["mean"] == 0.5  # the policy is its reference: all ties
+    assert main([*command, "--reference_free", "--output", str(tmp_path / "free.json")]) == 0
+    (row,) = json.loads((tmp_path / "free.json").read_text())["accuracies"]
+    assert set(row["accuracy"]) == {"logp", "mean_logp"}
+
+
+def margins(*values: float) -> dict[str, torch.Tensor]:
+    """Margins under one reward."""
+    return {"logp": torch.tensor(values)}
+
+
+def test_rewardbenchs_sections_weigh_mathematics_as_much_as_code() -> None:
+    names = ["math-prm"] * 2 + ["hep-cpp"] * 3 + ["hep-go"] + ["donotanswer"] * 2
+    rows = subset_accuracies(margins(1, 1, -1, -1, -1, 1, 1, -1), names, list(range(8)))
+    found = {row.name: row.accuracy["logp"] for row in rows}
+    assert found["Reasoning"] == pytest.approx((4 * 1.0 + 3 * 0.0 + 1 * 1.0) / 8)  # code has four pairs
+    assert found["Safety"] == pytest.approx(0.5)
+    assert found["mean over sections"] == pytest.approx((5 / 8 + 0.5) / 2)
+    assert found["mean over subsets"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert found["all pairs"].mean == pytest.approx(4 / 8)
+
+
+def test_subsets_of_ones_own_have_no_sections() -> None:
+    rows = subset_accuracies(margins(1, -1), ["mine", "donotanswer"], [0, 1])
+    assert section_accuracies(rows[:2]) == []
+    assert [row.name for row in rows] == ["mine", "donotanswer", "mean over subsets", "all pairs"]
+
+
+def annotation(index: int, preference: float | None = 1.5) -> dict[str, object]:
+    """One of a judge's annotations."""
+    return {
+        "instruction": f"question {index}", "preference": preference, "output_1": "a", "output_2": "b",
+        "generator_1": "baseline", "generator_2": "mine", "annotator": "judge",
+    }  # fmt: skip
+
+
+def test_win_rates_are_what_alpaca_eval_makes_of_all_annotations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, metrics, seen = types.ModuleType("alpaca_eval"), types.ModuleType("alpaca_eval.metrics"), []
+    package.__spec__ = types.SimpleNamespace()
+
+    def rate(annotations: list[dict[str, object]], save_weights_dir: str | None) -> dict[str, float]:
+        assert save_weights_dir is None  # nothing is written into the package
+        seen.extend(annotations)
+        return {"win_rate": 51.5, "length_controlled_winrate": 49.25}
+
+    metrics.get_length_controlled_winrate = rate
+    monkeypatch.setitem(sys.modules, "alpaca_eval", package)
+    monkeypatch.setitem(sys.modules, "alpaca_eval.metrics", metrics)
+    file, output = tmp_path / "annotations.json", tmp_path / "out.json"
+    file.write_text(json.dumps([annotation(i) for i in range(805)]))
+    assert main(["evaluate", "--annotations", str(file), "--output", str(output)]) == 0
+    assert json.loads(output.read_text()) == {"win_rate": 51.5, "length_controlled_winrate": 49.25}
+    assert [row["instruction"] for row in seen] == [f"question {i}" for i in range(805)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"preference": 1}], [], "no column 'output_1'; columns there: preference"),
+        ([annotation(0, 3.0)], [], "column 'preference' must hold a number in [1, 2]"),
+        ([annotation(0), {**annotation(1), "generator_2": "other"}], [], "names several models (mine, other)"),
+        ([annotation(0)], ["--pairs", "x.jsonl"], "give either --pairs"),
+        ([annotation(0)], ["--policy", "x"], "--annotations does not use --policy"),
+    ],
+)
+def test_annotations_that_mean_nothing_are_refused(
+    rows: list[dict[str, object]],
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(rows))
+    assert main(["evaluate", "--annotations", str(file), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_pair_without_its_subset_is_named(
+    tiny_model_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**tiny_rows(1)[0], "subset": "a"}, tiny_rows(1)[0]]
+    pairs = write_rows(tmp_path / "pairs.jsonl", rows)
+    assert main(["evaluate", "--policy", tiny_model_path, "--pairs", str(pairs), "--subset", "subset"]) == 2
+    assert f"{pairs}, row 2 (line 2): no column 'subset'" in capsys.readouterr().err

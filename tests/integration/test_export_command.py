@@ -1,0 +1,191 @@
+"""`export` turns a checkpoint into a folder that loads elsewhere, with a card that says where it came from."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gamma_po.__main__ import main
+from gamma_po.adapters import check_adapter
+from gamma_po.errors import ConfigError
+from gamma_po.saved import SavedPolicy, open_policy, read_checkpoint
+from tests.runs import Run, run
+
+LOGIT_TOLERANCE = 1e-5
+LORA = ["--model.lora.r", "4", "--model.lora.alpha", "8", "--model.optimizer.lr", "0.03"]
+
+
+@pytest.fixture(scope="module")
+def input_ids() -> torch.Tensor:
+    """Some tokens."""
+    return torch.arange(5, 25)[None]
+
+
+@pytest.fixture(scope="module")
+def lora_run(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished LoRA run that exported nothing."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr("sys.argv", ["gamma_po"])
+        return run("fit", tiny_model_path, tiny_data, folder, [*LORA, "--export.enabled", "false"])
+
+
+def logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits in eval mode."""
+    with torch.no_grad():
+        return model.eval()(input_ids=input_ids).logits
+
+
+def test_adapter_and_merged_model_are_the_trained_policy(
+    lora_run: Run, tiny_model_path: str, tmp_path: Path, input_ids: torch.Tensor
+) -> None:
+    folder, adapter, merged = str(lora_run.trainer_dir), tmp_path / "adapter", tmp_path / "merged"
+    assert main(["export", "--checkpoint", folder, "--output", str(adapter)]) == 0
+    checkpoint = str(lora_run.trainer_dir / "checkpoints" / "last.ckpt")
+    assert main(["export", "--checkpoint", checkpoint, "--output", str(merged), "--form", "merged"]) == 0
+    expected = logits(lora_run.cli.model.policy.model, input_ids)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    before = logits(base, input_ids)
+    whole = AutoModelForCausalLM.from_pretrained(merged)
+    assert type(whole) is type(base) and not (merged / "adapter_config.json").exists()
+    torch.testing.assert_close(logits(whole, input_ids), expected, rtol=0, atol=LOGIT_TOLERANCE)
+    on_base = PeftModel.from_pretrained(base, adapter)
+    torch.testing.assert_close(logits(on_base, input_ids), expected, rtol=0, atol=LOGIT_TOLERANCE)
+    assert float((expected - before).abs().max()) > 100 * LOGIT_TOLERANCE
+    AutoTokenizer.from_pretrained(merged)
+
+
+def test_the_card_names_data_loss_margin_metrics_and_command(
+    lora_run: Run, tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "adapter"
+    assert main(["export", "--checkpoint", str(lora_run.trainer_dir), "--output", str(output)]) == 0
+    card = (output / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["base_model"] == tiny_model_path and header["library_name"] == "peft"
+    for part in (
+        "`DPO(", "arXiv 2305.18290", "`KL(", "arXiv 2506.03690", tiny_data["train"], "val/rewards/accuracies",
+        "python -m gamma_po ", "r=4", "| optimizer steps | 8 |", "lr=0.03",
+    ):  # fmt: skip
+        assert part in card, part
+
+
+def test_full_training_exports_a_whole_model_and_has_nothing_to_merge(
+    tiny_model_path: str,
+    tiny_data: dict[str, str],
+    tmp_path: Path,
+    input_ids: torch.Tensor,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    finished = run("fit", tiny_model_path, tiny_data, tmp_path, ["--export.enabled", "false"])
+    folder, output = str(finished.trainer_dir), tmp_path / "model"
+    assert main(["export", "--checkpoint", folder, "--output", str(output)]) == 0
+    found = logits(AutoModelForCausalLM.from_pretrained(output), input_ids)
+    expected = logits(finished.cli.model.policy.model, input_ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=LOGIT_TOLERANCE)
+    assert main(["export", "--checkpoint", folder, "--output", str(tmp_path / "x"), "--form", "merged"]) == 2
+    assert "has no adapter to merge; allowed: as_trained" in capsys.readouterr().err
+
+
+def test_a_policy_is_the_same_from_run_directory_checkpoint_adapter_and_merged_model(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, input_ids: torch.Tensor
+) -> None:
+    finished = run("fit", tiny_model_path, tiny_data, tmp_path, LORA)
+    folder, merged = finished.trainer_dir, tmp_path / "merged"
+    main(["export", "--checkpoint", str(folder), "--output", str(merged), "--form", "merged"])
+    expected = logits(finished.cli.model.policy.model, input_ids)
+    for place in (folder, folder / "checkpoints" / "last.ckpt", folder / "policy", merged):
+        opened = open_policy(SavedPolicy(path=str(place)))
+        torch.testing.assert_close(logits(opened.model, input_ids), expected, rtol=0, atol=LOGIT_TOLERANCE)
+    shutil.copytree(folder / "policy", tmp_path / "alone")
+    elsewhere = open_policy(SavedPolicy(path=str(tmp_path / "alone"), base=tiny_model_path))
+    torch.testing.assert_close(logits(elsewhere.model, input_ids), expected, rtol=0, atol=LOGIT_TOLERANCE)
+
+
+class Evil:
+    """Would write a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, save in {"torch.ckpt": torch.save, "pickle.ckpt": lambda v, p: p.write_bytes(pickle.dumps(v))}.items():
+        save({"state_dict": {}, "hyper_parameters": Evil(tmp_path / "ran")}, tmp_path / name)
+        assert main(["export", "--checkpoint", str(tmp_path / name), "--output", str(tmp_path / "out")]) == 2
+        message = capsys.readouterr().err
+        assert f"error: {tmp_path / name}: cannot be read as plain tensors" in message and "Traceback" not in message
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_trust_in_code_that_a_checkpoint_claims_does_not_count(lora_run: Run, tmp_path: Path) -> None:
+    path = lora_run.trainer_dir / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    policy = checkpoint["hyper_parameters"]["policy"]
+    policy.get("init_args", policy)["trust_remote_code"] = True
+    torch.save(checkpoint, tmp_path / "trusting.ckpt")
+    opened = open_policy(SavedPolicy(path=str(tmp_path / "trusting.ckpt")))
+    assert opened.start.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "an adapter of type 'PROMPT_TUNING'; allowed: LORA"),
+        ({"megatron_config": {}, "megatron_core": "evil"}, "names a module to import"),
+    ],
+)
+def test_an_adapter_whose_description_could_run_code_is_refused(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **changes}))
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ConfigError, match=message):
+        check_adapter(tmp_path)
+
+
+def test_pickled_adapter_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(ConfigError, match="pickled weights"):
+        check_adapter(tmp_path)
+
+
+def test_what_cannot_be_exported_is_refused_in_one_message(
+    lora_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = lora_run.trainer_dir
+    (tmp_path / "there").mkdir()
+    (tmp_path / "empty").mkdir()
+    torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    cut = (folder / "checkpoints" / "last.ckpt").read_bytes()[:1000]
+    (tmp_path / "cut.ckpt").write_bytes(cut)
+    out = str(tmp_path / "out")
+    for checkpoint, output, message in (
+        (folder, str(tmp_path / "there"), "nothing is replaced"),
+        (tmp_path / "empty", out, "no checkpoint in it"),
+        (tmp_path / "none.ckpt", out, "no such checkpoint"),
+        (tmp_path / "other.ckpt", out, "not a checkpoint of this program"),
+        (tmp_path / "cut.ckpt", out, "cannot be read as plain tensors"),
+    ):
+        assert main(["export", "--checkpoint", str(checkpoint), "--output", output]) == 2
+        error = capsys.readouterr().err
+        assert "error: " in error and message in error and "Traceback" not in error
+    with pytest.raises(ConfigError, match="holds no policy"):
+        open_policy(SavedPolicy(path=str(tmp_path / "empty")))
+    assert set(read_checkpoint(folder / "checkpoints" / "last.ckpt")) >= {"state_dict", "hyper_parameters"}
+    assert not Path(out).exists()

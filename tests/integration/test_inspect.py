@@ -1,0 +1,173 @@
+"""`inspect` says before a run what it would do, and refuses what would fail or is likely wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gamma_po.__main__ import main
+from gamma_po.data.tokenization import TokenizedPair
+from gamma_po.inspection.cost import at_batch_size, optimizer_bytes, saved_bytes
+from gamma_po.inspection.dry_run import memory_findings
+from gamma_po.inspection.pairs import ends
+from tests.runs import arguments
+from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer, write_rows
+
+Inspect = Callable[..., tuple[int, str]]
+NUMBER = r"(\d+\.\d+)"
+
+
+@pytest.fixture
+def inspect(
+    tiny_model_path: str,
+    tiny_data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Inspect:
+    """Runs `inspect` on the tiny run with further options; returns the status and all that was written."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*options: str) -> tuple[int, str]:
+        status = main(["inspect", *arguments(tiny_model_path, tiny_data, tmp_path, list(options))])
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run
+
+
+def test_a_sound_run_is_described_and_nothing_is_started(inspect: Inspect, tmp_path: Path) -> None:
+    status, text = inspect("--model.margin.tau", "0.5")
+    assert status == 0
+    for part in (
+        "arXiv 2305.18290", "arXiv 2506.03690", "γ0/τ  ", "reward units",  # formula, units, paper
+        "<|im_start|>user⏎", "(scored)",  # tokens with their role
+        "histogram", "32 from", "0 of 32 labels flipped", "0 prompts with two BOS",
+        "0 of 64 completions without an end",
+        "ref_acc, raw", "ref_acc, length-normalised", "optimizer ", "activations", "an epoch of training",
+        "ready: nothing speaks against this run",
+    ):  # fmt: skip
+        assert part in text, part
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_accuracy_of_the_reference_is_that_of_its_log_probabilities(
+    inspect: Inspect, tiny_data: dict[str, str]
+) -> None:
+    _, text = inspect("--inspect.sample", "32", "--inspect.seconds", "60")
+    model, tokenizer = tiny_model().double(), tiny_tokenizer()
+
+    def logp(prompt: str, completion: str) -> tuple[float, int]:
+        message = [{"role": "user", "content": prompt}]
+        before = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        head, tail = tokenizer(before).input_ids, [*tokenizer(completion).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logps = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+        picked = [float(logps[len(head) - 1 + i, token]) for i, token in enumerate(tail)]
+        return sum(picked), len(picked)
+
+    rows = [json.loads(line) for line in Path(tiny_data["train"]).read_text().splitlines()]
+    raw = mean = 0
+    for row in rows:
+        (chosen, n), (rejected, m) = logp(row["prompt"], row["chosen"]), logp(row["prompt"], row["rejected"])
+        raw += chosen > rejected
+        mean += chosen / n > rejected / m
+    assert re.search(rf"ref_acc, raw +{raw / len(rows):.3f} \[", text)
+    assert re.search(rf"ref_acc, length-normalised +{mean / len(rows):.3f} \[", text)
+
+
+def test_trainable_parameters_are_counted(inspect: Inspect) -> None:
+    _, text = inspect("--model.lora.r", "4", "--model.lora.target_modules", '["q_proj"]')
+    total = sum(p.numel() for p in tiny_model().parameters())
+    trained = 2 * (32 * 4 + 4 * 32)  # two layers, 32 × 32, rank 4
+    assert f"{trained:,} of {total + trained:,} parameters" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "level", "problem", "change"),
+    [
+        (["--model.optimizer.lr", "0.1"], "likely wrong", "the learning rate is 0.1", "model.optimizer.lr"),
+        (["--data.tokenization.max_completion_length", "3"], "likely wrong", "lose tokens", "max_completion_length"),
+        (["--data.test", "TRAIN"], "likely wrong", "test split are also in the training split", "by prompt"),
+        (["--data.columns.chosen", "rejected", "--data.columns.rejected", "chosen"], "note", "steps", "epochs"),
+    ],
+    ids=["learning rate", "truncation", "leak", "few steps"],
+)
+def test_what_looks_wrong_is_named_with_what_to_change(
+    options: list[str], level: str, problem: str, change: str, inspect: Inspect, tiny_data: dict[str, str]
+) -> None:
+    status, text = inspect(*[tiny_data["train"] if word == "TRAIN" else word for word in options])
+    (line,) = [number for number, found in enumerate(text.splitlines()) if problem in found and level in found]
+    assert change in text.splitlines()[line + 1]
+    assert status == (1 if level == "likely wrong" else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.train", "/no/such.jsonl"], "/no/such.jsonl: no such file"),
+        (["--model.loss", "DPOO"], "unknown name 'DPOO'; allowed: DPO,"),
+        (["--data.batch_size", "64"], "fewer than one global batch of 64"),
+        (["--model.policy.path", "/no/such/model"], "no such folder"),
+        (["--inspect.sample", "0"], "inspect.sample=0"),
+    ],
+)
+def test_what_fit_would_refuse_is_refused_with_its_message(options: list[str], message: str, inspect: Inspect) -> None:
+    status, text = inspect(*options)
+    assert status == 1
+    assert f"error: {message}" in text or message in text.split("error: ")[1]
+
+
+def test_contradicting_pairs_are_found(inspect: Inspect, tmp_path: Path) -> None:
+    rows = tiny_rows(8)
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:3]]
+    file = write_rows(tmp_path / "pairs.jsonl", [*rows, *turned])
+    status, text = inspect("--data.train", str(file))
+    assert status == 1
+    assert "6 of 11 pairs contradict another one" in text
+
+
+def test_beginnings_and_ends_are_counted_as_they_are_made() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
+        return TokenizedPair(*(torch.tensor(ids, dtype=torch.int32) for ids in (prompt, chosen, rejected)), False)
+
+    pairs = [pair([bos, bos, 9], [9, eos], [9, 8]), pair([bos, 9], [9, eos, eos], [eos])]
+    found = ends(pairs, tokenizer)
+    assert found == (1, 0, 1, 1)  # two BOS once; this tokenizer adds none; one without an end; one with two
+
+
+def test_the_optimizers_state_is_measured() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(100, 30)), torch.nn.Parameter(torch.zeros(7))]
+    numbers = 100 * 30 + 7
+    assert optimizer_bytes(torch.optim.AdamW, parameters) == 2 * 4 * numbers  # first and second moments, float32
+    assert optimizer_bytes(lambda p: torch.optim.SGD(p, lr=1.0), parameters) == 0
+    assert optimizer_bytes(lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9), parameters) == 4 * numbers
+
+
+def test_activations_are_what_the_backward_pass_keeps_and_grow_with_the_pairs() -> None:
+    layer = torch.nn.Linear(16, 16, bias=False)
+
+    def kept(rows: int) -> int:
+        return saved_bytes(lambda: layer(torch.ones(rows, 16)).tanh().sum(), layer)
+
+    assert kept(5) == 5 * 16 * 4 * 2  # the layer's input and tanh's output, float32
+    assert at_batch_size(kept(1), kept(2), 8) == kept(8)
+
+
+def test_memory_that_does_not_suffice_stops_the_run_and_says_what_helps() -> None:
+    (finding,) = memory_findings(11, 10, lora=False, checkpointing=False, batch_size=8)
+    assert finding.level == "fails"
+    for change in ("gradient_checkpointing", "batch_size below 8", "model.lora", "max_prompt_length"):
+        assert change in finding.change
+    (finding,) = memory_findings(11, 10, lora=True, checkpointing=True, batch_size=1)
+    assert "lora" not in finding.change and "checkpointing" not in finding.change
+    assert memory_findings(5, 10, lora=True, checkpointing=True, batch_size=1) == []
