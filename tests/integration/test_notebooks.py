@@ -18,7 +18,9 @@ NEEDS_MODEL = [
 ]
 
 
-@pytest.mark.parametrize("name", [pytest.param("01_quickstart.ipynb", marks=NEEDS_MODEL), "02_margins.ipynb"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("01_quickstart.ipynb", marks=NEEDS_MODEL), "02_margins.ipynb", "03_bandit_study.ipynb"]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_notebook_runs(name: str) -> None:
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)

@@ -1,0 +1,1 @@
+"""Studies: does a target margin help? Controlled testbeds, protocols, verdicts."""

@@ -1,0 +1,87 @@
+"""The small study, from the command line to its files; only what is significant is asserted."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from gamma_po.__main__ import main
+
+ORACLE = "oracle: no flipped pairs"
+COMMITTED = Path(__file__).resolve().parents[2] / "experiments" / "studies" / "bandit_small.csv"
+ROUNDING = 1e-3  # win rate: what float32 training on another processor may change where an interval has no width
+AT_KL_1 = "win_rate_kl1"
+RECORDED = {
+    "arm", "seed", "rho", "flip_rate", "loss", "margin", "beta", "learning_rate", "ref_acc", "wrong", "flipped", "kl",
+    "win_rate", "pair_accuracy", "gradient_on_wrong", "gradient_on_flipped", "gamma_range", "gamma_sd", "gamma_mean",
+    "gamma0_over_tau", "commit", "stage", AT_KL_1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "small"
+    assert main(["study", "bandit", "--preset", "small", "--output", str(folder), "--workers", "1"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(folder: Path) -> dict[tuple, dict]:
+    rows = pq.read_table(folder / "comparisons.parquet").to_pylist()
+    return {(row["arm"], row["against"], row["flip_rate"], row["metric"]): row for row in rows}
+
+
+def test_every_run_is_recorded_with_what_made_it(folder: Path) -> None:
+    rows = pq.read_table(folder / "runs.parquet").to_pylist()
+    assert set(rows[0]) >= RECORDED
+    keys = [(row["arm"], row["seed"], row["rho"], row["flip_rate"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert {row["seed"] for row in rows} == {0, 1, 2, 3}
+    assert all(0 < row["win_rate"] < 1 and row["kl"] > 0 for row in rows)
+    record = json.loads((folder / "study.json").read_text())
+    assert record["checks"] and all(record["checks"].values())
+    assert {"frontier.png", "gradient_weight.png", "tables.md"} <= {file.name for file in folder.iterdir()}
+
+
+def test_the_oracle_beats_the_base_loss_at_40_percent_flips(compared: dict) -> None:
+    row = compared[ORACLE, "dpo", 0.4, AT_KL_1]
+    assert row["verdict"] == "helps" and row["difference_mean"] > 0.1
+    without = compared[ORACLE, "dpo", 0.0, AT_KL_1]
+    assert without["difference_low"] == without["difference_high"] == 0
+
+
+def test_the_map_in_reverse_hurts_at_40_percent_flips(compared: dict) -> None:
+    assert compared["map reversed", "dpo", 0.4, AT_KL_1]["verdict"] == "hurts"
+
+
+def test_a_margin_that_asks_for_more_raises_the_trained_win_rate_under_noise_and_the_kl(folder: Path) -> None:
+    rows = pq.read_table(folder / "runs.parquet").to_pylist()
+    noisy = {(row["arm"], row["seed"]): row for row in rows if row["flip_rate"] == 0.4}
+    assert all(noisy["fixed γ0", seed]["kl"] > noisy["dpo", seed]["kl"] for seed in range(4))
+
+
+def test_the_centred_kl_margin_is_its_matched_slope_within_half_a_point(compared: dict) -> None:
+    for flips in (0.0, 0.4):
+        row = compared["kl", "kl, matched slope", flips, AT_KL_1]
+        assert abs(row["difference_low"]) < 0.005 and abs(row["difference_high"]) < 0.005
+
+
+def test_the_committed_table_comes_out_again_within_its_intervals(compared: dict) -> None:
+    with open(COMMITTED) as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(compared)
+    for row in rows:
+        found = compared[row["arm"], row["against"], float(row["flip_rate"]), row["metric"]]["difference_mean"]
+        low, high = (float(row[f"difference_{end}"]) for end in ("low", "high"))
+        assert low - ROUNDING <= found <= high + ROUNDING, row
+
+
+def test_the_frontier_does_not_depend_on_where_a_policy_stopped(folder: Path) -> None:
+    """A policy rescaled to a smaller KL wins less: the frontier rises."""
+    rows = pq.read_table(folder / "runs.parquet").to_pylist()
+    oracle = [row for row in rows if row["arm"] == ORACLE]
+    assert all(row["win_rate_kl0.25"] < row[AT_KL_1] for row in oracle)
