@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -85,3 +89,36 @@ def test_the_frontier_does_not_depend_on_where_a_policy_stopped(folder: Path) ->
     rows = pq.read_table(folder / "runs.parquet").to_pylist()
     oracle = [row for row in rows if row["arm"] == ORACLE]
     assert all(row["win_rate_kl0.25"] < row[AT_KL_1] for row in oracle)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_killing_a_study_leaves_no_workers_behind(tmp_path: Path) -> None:
+    command = ["study", "bandit", "--preset", "p1", "--workers", "2", "--output", str(tmp_path / "out")]
+    root = Path(__file__).resolve().parents[2]
+    study = subprocess.Popen([sys.executable, "-m", "gamma_po", *command], cwd=root, stderr=subprocess.DEVNULL)
+
+    def workers() -> set[int]:
+        """Processes that import this project for a parent that is, or was, the study."""
+        found = set()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                    spawned = "multiprocessing-fork" in (entry / "cmdline").read_text()
+                except OSError:
+                    continue
+                if spawned and parent in (study.pid, os.getpid(), 1):
+                    found.add(int(entry.name))
+        return found
+
+    before = workers()
+    deadline = time.monotonic() + 120
+    while len(mine := workers() - before) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(3)  # past the imports
+    study.kill()
+    study.wait()
+    assert len(mine) == 2
+    while mine & workers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not mine & workers()
