@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -23,6 +24,7 @@ INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 METHOD = ("loss", "margin", "lora")
 TRAINING = ("optimizer", "schedule", "warmup_ratio", "seed")
 PLACE = ("policy", "reference")  # also reference_model
+BESIDE_SHARDS = "meta.pt"  # Lightning's file for all but weights and optimizer in a sharded checkpoint
 
 
 def plain_hparams(hparams: MutableMapping[str, Any]) -> None:
@@ -39,6 +41,36 @@ def plain_hparams(hparams: MutableMapping[str, Any]) -> None:
         else:
             hparams[key] = plain_config(value, with_class_path=(Loss, Margin, MapShape))
     hparams["_instantiator"] = INSTANTIATOR
+
+
+def settings_file(path: Path, *, strategy: str, weights_only: bool) -> Path:
+    """Return the file that holds a checkpoint's settings: the checkpoint, or a file among its shards.
+
+    Args:
+        path: a file or a folder, which exists.
+        strategy: the trainer's.
+        weights_only: nothing may be unpickled; torch unpickles parts of every sharded checkpoint.
+
+    Raises:
+        ConfigError: the folder is no sharded checkpoint, or cannot be loaded with this strategy or this safely.
+    """
+    if not path.is_dir():
+        return path
+    given = f"ckpt_path={str(path)!r}"
+    if not (path / BESIDE_SHARDS).is_file():
+        raise ConfigError(f"{given} is a folder, but no sharded checkpoint: it holds no {BESIDE_SHARDS}")
+    if "ModelParallelStrategy" not in strategy:
+        raise ConfigError(
+            f"{given} is a sharded checkpoint; allowed with it: trainer.strategy: ModelParallelStrategy. For others, "
+            "write single files: trainer.strategy.init_args.save_distributed_checkpoint: false"
+        )
+    if weights_only:
+        raise ConfigError(
+            f"{given} is a sharded checkpoint, and loading one can run code hidden in it. If you wrote it, add "
+            "--weights_only false. Single files have no such problem: "
+            "trainer.strategy.init_args.save_distributed_checkpoint: false"
+        )
+    return path / BESIDE_SHARDS
 
 
 def check_same_settings(saved: dict[str, Any], given: dict[str, Any], *, training: bool) -> None:
@@ -140,6 +172,18 @@ def slim_state_dict(module: LightningModule, state_dict: dict[str, Tensor]) -> d
     }
 
 
+def keep_trained_weights(module: LightningModule, state_dict: dict[str, Tensor], *_: Any) -> None:
+    """Drop from a state dict, in place, what `slim_state_dict` drops: as a hook it spares sharded weights the way."""
+    kept = slim_state_dict(module, state_dict)
+    for name in state_dict.keys() - kept.keys():
+        del state_dict[name]
+
+
+def trained_names(module: LightningModule) -> list[str]:
+    """Return what a checkpoint's weights are called, on every process, whoever holds them."""
+    return sorted(slim_state_dict(module, module.state_dict()))
+
+
 def load_step_state(module: LightningModule, checkpoint: dict[str, Any]) -> StepState:
     """Return the state of loss and margin of a checkpoint, after checking that the checkpoint fits the module.
 
@@ -147,8 +191,8 @@ def load_step_state(module: LightningModule, checkpoint: dict[str, Any]) -> Step
         ConfigError: the checkpoint holds other weights than this module trains, or the state of another loss or margin.
     """
     module.configure_model()
-    expected = set(slim_state_dict(module, module.state_dict()))
-    found = set(checkpoint["state_dict"])
+    expected = set(trained_names(module))
+    found = set(checkpoint["trained_weights"] if "trained_weights" in checkpoint else checkpoint["state_dict"])
     if found != expected:
         example = sorted(found ^ expected)[0]
         raise ConfigError(

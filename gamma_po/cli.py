@@ -21,7 +21,7 @@ from gamma_po.callbacks.interruption import StopBetweenSteps
 from gamma_po.callbacks.predictions import PredictionWriter
 from gamma_po.callbacks.report import Report
 from gamma_po.callbacks.run_record import RunRecord
-from gamma_po.checkpoints import check_end_of_training, check_same_settings
+from gamma_po.checkpoints import check_end_of_training, check_same_settings, settings_file
 from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.module import PreferenceModule
@@ -123,14 +123,16 @@ class PreferenceCLI(LightningCLI):
             return
         if not Path(path).exists():
             raise ConfigError(f"ckpt_path={path!r}: no such file; allowed: a checkpoint of this program")
-        if Path(path).is_file():
-            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-            self._dump_config()
-            saved = checkpoint.get("hyper_parameters", {})
-            check_same_settings(saved, self.config_dump["model"], training=command == "fit")
-            if command == "fit":
-                limits = self.config[command]["trainer"]
-                check_end_of_training(checkpoint, max_steps=limits["max_steps"], max_epochs=limits["max_epochs"])
+        given = self.config[command]
+        strategy, weights_only = str(given["trainer"]["strategy"]), given["weights_only"]
+        settings = settings_file(Path(path), strategy=strategy, weights_only=weights_only)
+        checkpoint = torch.load(settings, weights_only=True, map_location="cpu", mmap=True)
+        self._dump_config()
+        saved = checkpoint.get("hyper_parameters", {})
+        check_same_settings(saved, self.config_dump["model"], training=command == "fit")
+        if command == "fit":
+            limits = given["trainer"]
+            check_end_of_training(checkpoint, max_steps=limits["max_steps"], max_epochs=limits["max_epochs"])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its directory, with a CSV log in it, and a TensorBoard log unless a logger is configured.

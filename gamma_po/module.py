@@ -10,12 +10,23 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
 from gamma_po.attention import SEGMENTS
-from gamma_po.checkpoints import check_same_accumulation, load_step_state, plain_hparams, slim_state_dict
+from gamma_po.checkpoints import (
+    check_same_accumulation,
+    keep_trained_weights,
+    load_step_state,
+    plain_hparams,
+    slim_state_dict,
+    trained_names,
+)
 from gamma_po.data.dataset import PairDataset
 from gamma_po.data.reference_cache import (
     BASE_FIELDS,
@@ -43,6 +54,7 @@ from gamma_po.ranks import Ranks, current_ranks
 from gamma_po.reference import Reference, ReferenceSource, check_agreement, check_reference_is_used
 from gamma_po.schedules import Schedule, warmup_then
 from gamma_po.scorer import CompletionScorer, check_layout
+from gamma_po.sharding import check_sharding, gathered_in, shard
 from gamma_po.state import state_to_device, state_to_plain
 from gamma_po.types import Evidence, LossOutput, PairLogps, PreferenceBatch
 
@@ -134,18 +146,37 @@ class PreferenceModule(LightningModule):
         """Load policy and, if it is a copy, the reference. Does nothing when they are there."""
         if self.policy is not None:
             return
+        self._prepare_sharding()
         model = load_model(self.policy_config)
         layout = getattr(getattr(self._trainer, "datamodule", None), "layout", "padded")
         check_layout(layout, model, self.policy_config.attention)
         if self.reference is not None:
-            self.reference.load(model, layout)
+            self.reference.load(model, layout, self._placed)
         if self.lora is not None:
             model = attach_lora(model, self.lora, seed=self.seed)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable(
                 {"use_reentrant": False}, every_n_layers=int(self.gradient_checkpointing)
             )
-        self.policy = CompletionScorer(model, with_on_policy=self.loss.needs_on_policy).train()
+        self.policy = self._placed(CompletionScorer(model, with_on_policy=self.loss.needs_on_policy)).train()
+
+    def _prepare_sharding(self) -> None:
+        """Refuse what the strategy cannot shard; keep checkpoints from bringing together what they drop."""
+        if self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy):
+            raise ConfigError(
+                "trainer.strategy: FSDPStrategy (FSDP1) is not supported: it gathers weights only inside of "
+                "Lightning's own steps, and the reference is scored outside of them; allowed: ModelParallelStrategy "
+                "(FSDP2; see experiments/sharding/fsdp2.yaml), or ddp"
+            )
+        if self.device_mesh is None:
+            return
+        for config in (self.policy_config, self.reference.config if self.reference else self.policy_config):
+            check_sharding(config, self.device_mesh, self.trainer.precision)
+        self.register_state_dict_post_hook(keep_trained_weights)
+
+    def _placed(self, scorer: CompletionScorer) -> CompletionScorer:
+        """Shard a model that was just loaded, where the strategy shards."""
+        return scorer if self.device_mesh is None else shard(scorer, self.device_mesh, self.trainer.precision)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The given optimizer over what is trainable, with warm-up and schedule per step."""
@@ -159,6 +190,20 @@ class PreferenceModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip; also for fused optimizers, which Lightning refuses under bf16-mixed though nothing is scaled there."""
+        plugin = self.trainer.precision_plugin
+        if gradient_clip_val and type(plugin) is MixedPrecision and plugin.scaler is None:
+            kind = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, kind)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # --- steps ---------------------------------------------------------------------------------------------
 
@@ -235,7 +280,7 @@ class PreferenceModule(LightningModule):
             key=ReferenceKey(
                 weights=self.reference.weights,
                 layout=datamodule.layout,
-                precision=f"{config.dtype}/{self.trainer.precision}",
+                precision=f"{config.dtype}/{gathered_in(self.trainer.precision, sharded=self.device_mesh is not None)}",
                 attention=config.attention if datamodule.layout == "padded" else SEGMENTS,
             ),
             folder=datamodule.cache_dir or default_cache_dir(),
@@ -250,7 +295,8 @@ class PreferenceModule(LightningModule):
     def open_reference(self) -> AbstractContextManager[CompletionScorer]:
         """Give the frozen reference, in eval mode; also where the loss itself reads none."""
         reference = self.reference or self._start_of_policy()
-        return reference.opened(self.policy, policy_is_untouched=self._policy_is_untouched())
+        untouched = self._policy_is_untouched()
+        return reference.opened(self.policy, policy_is_untouched=untouched, place=self._placed)
 
     @contextmanager
     def _open_scoring(self) -> Iterator[Callable[[PreferenceBatch], PairLogps]]:
@@ -315,6 +361,7 @@ class PreferenceModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what training changes and the state of loss and margin; drop the reference and frozen weights."""
         checkpoint["state_dict"] = slim_state_dict(self, checkpoint["state_dict"])
+        checkpoint["trained_weights"] = trained_names(self)
         checkpoint["loss_state"] = state_to_plain(self.loss_state)
         checkpoint["margin_state"] = state_to_plain(self.margin_state)
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches

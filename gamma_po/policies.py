@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -220,16 +220,25 @@ def attach_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of all weights (names, dtypes, shapes, values): equal fingerprints mean equal models."""
+    """Hash of all weights (names, dtypes, shapes, values): equal fingerprints mean equal models.
+
+    Sharded weights are brought together one by one, so all processes must take part.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def export_policy(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, start: str | None = None
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    start: str | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write the adapter (LoRA) or the whole model, and the tokenizer, in Hugging Face format.
 
@@ -242,6 +251,7 @@ def export_policy(
         folder: the new folder.
         start: the adapter that was merged into the base before training, if there is one. An exported adapter stands
             on both, so this one is put beside it, in `start/`.
+        weights: the state dict to write, where the model itself holds only its share of it.
 
     Returns:
         Where it was written: `folder`, or `folder-1`, `folder-2`, ... where that name is taken.
@@ -249,7 +259,7 @@ def export_policy(
     staging = free_path(folder.with_name(folder.name + ".partial"))
     staging.mkdir(parents=True)
     try:
-        model.save_pretrained(staging)
+        model.save_pretrained(staging, state_dict=weights)
         tokenizer.save_pretrained(staging)
         if start is not None and isinstance(model, PeftModel):
             keep_start(staging, start)
@@ -271,8 +281,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapters_off(model: PeftModel) -> Iterator[None]:
-    """Use the base model under the adapters: LoRA's reference."""
+    """Use the base model under the adapters: LoRA's reference.
+
+    peft freezes adapters that are off; here they stay trainable, because sharding learns from its first forward, which
+    may be the reference's, what trains.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with model.disable_adapter():
+        for parameter in trained:
+            parameter.requires_grad_(True)
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -27,7 +27,12 @@ from gamma_po.types import PairLogps, PreferenceBatch
 
 ReferenceSource = Literal["cached", "adapters_off", "copy"]
 SOURCES = ("cached", "adapters_off", "copy")
+Place = Callable[[CompletionScorer], CompletionScorer]  # where a model loaded here goes, e.g. shards it
 AGREEMENT = {True: 1e-4, False: 0.05}  # nats per token; full precision or not
+
+
+def _as_loaded(scorer: CompletionScorer) -> CompletionScorer:
+    return scorer
 
 
 class Reference(nn.Module):
@@ -59,12 +64,13 @@ class Reference(nn.Module):
         self.copy: CompletionScorer | None = None
         self.weights: str | None = None  # fingerprint, for the cache
 
-    def load(self, untouched_policy: PreTrainedModel, layout: str) -> None:
+    def load(self, untouched_policy: PreTrainedModel, layout: str, place: Place = _as_loaded) -> None:
         """Take what is needed from the policy before adapters and training change it; load the copy.
 
         Args:
             untouched_policy: as loaded.
             layout: of the batches, which the reference must be able to compute.
+            place: shards the copy as the policy will be sharded, or leaves it.
 
         Raises:
             ConfigError: the reference cannot compute the layout, or has another vocabulary than the policy.
@@ -80,7 +86,7 @@ class Reference(nn.Module):
         if self.source == "cached":
             self.weights = fingerprint(untouched_policy if self.is_start_of_policy else other)
         if self.source == "copy":
-            self.copy = CompletionScorer(load_model(self.config)).requires_grad_(False).eval()
+            self.copy = place(CompletionScorer(load_model(self.config)).requires_grad_(False)).eval()
             # Lightning's advice at the start of training; this one is in eval mode on purpose, and stays so.
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
@@ -89,13 +95,16 @@ class Reference(nn.Module):
         return super().train(False)
 
     @contextmanager
-    def opened(self, policy: CompletionScorer, *, policy_is_untouched: bool) -> Iterator[CompletionScorer]:
+    def opened(
+        self, policy: CompletionScorer, *, policy_is_untouched: bool, place: Place = _as_loaded
+    ) -> Iterator[CompletionScorer]:
         """Give the reference as a model in eval mode.
 
         Args:
             policy: the policy, adapters and all.
             policy_is_untouched: this run has not trained it yet. It serves as its own reference only if its weights
                 are those it started from; a module that was trained before is recognised by its fingerprint.
+            place: shards a model loaded for this as the policy is sharded, or leaves it.
         """
         if self.copy is not None:
             yield self.copy
@@ -107,7 +116,8 @@ class Reference(nn.Module):
                 yield policy
         else:
             parameter = next(policy.parameters())
-            yield CompletionScorer(load_model(self.config)).to(parameter.device, parameter.dtype).eval()
+            loaded = CompletionScorer(load_model(self.config)).to(parameter.dtype)
+            yield place(loaded).to(parameter.device).eval()
 
     def logps(self, batch: PreferenceBatch, policy: CompletionScorer) -> PairLogps:
         """Return the reference's log-probabilities of a batch, [P] each, without gradient.

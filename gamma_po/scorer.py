@@ -50,7 +50,8 @@ class CompletionScorer(nn.Module):
             columns.append(tokens.logps.detach() - tokens.log_collision)
         summed, shared, *on_policy = _sums(torch.stack(columns, 1), model_input).unbind(1)
         pairs = [summed, lengths, shared, *(excess / lengths for excess in on_policy)]
-        return PairLogps(*(side for value in pairs for side in value.chunk(2)))
+        # Copies, because sharding hangs its backward pass on what is returned, which it cannot on views.
+        return PairLogps(*(side.clone() for value in pairs for side in value.chunk(2)))
 
     def sequence_logps(self, model_input: ModelInput, temperature: float = 1.0) -> Tensor:
         """Summed log-probability of each sequence, [S], float32, nats."""

@@ -20,6 +20,8 @@ COMPARED = {"run.name", "model.lora.r", "model.lora.alpha", "model.optimizer.cla
 OPTIMIZER = "model.optimizer.init_args."  # each optimizer has options of its own; of those, only what all share counts
 SHARED = {OPTIMIZER + name for name in ("lr", "weight_decay", "betas", "eps")}
 COMPARED |= {"data.tokenization.max_prompt_length", "data.tokenization.max_completion_length"}
+STRATEGY = "trainer.strategy"  # with its own options
+ONE_PROCESS = ("--trainer.strategy", "auto", "--trainer.devices", "1")  # building them all would start the others
 
 
 def name_of(path: Path) -> str:
@@ -60,7 +62,9 @@ def test_an_experiment_file_is_short_says_what_it_is_and_is_understood(
     assert any("Numbers:" in line for line in head) and any("Measured:" in line for line in head)
     monkeypatch.chdir(ROOT)
     options = [*options_of(path), "--model.policy.path", tiny_model_path]
-    cli = PreferenceCLI([*options, "--trainer.accelerator", "cpu", "--trainer.logger", "false"], run=False)
+    cli = PreferenceCLI(
+        [*options, "--trainer.accelerator", "cpu", "--trainer.logger", "false", *ONE_PROCESS], run=False
+    )
     assert isinstance(cli.model, PreferenceModule) and isinstance(cli.datamodule, PreferenceDataModule)
     cli.model.configure_model()
     assert any(parameter.requires_grad for parameter in cli.model.policy.parameters())
@@ -78,5 +82,5 @@ def test_the_files_of_one_folder_differ_only_in_what_they_compare(
     for one, other in combinations(configs, 2):
         assert one["run.name"] != other["run.name"]
         different = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
-        own = {key for key in different if key.startswith(OPTIMIZER)} - SHARED
+        own = {key for key in different if key.startswith((OPTIMIZER, STRATEGY))} - SHARED
         assert different - own <= COMPARED

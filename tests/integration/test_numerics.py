@@ -129,3 +129,20 @@ def test_a_margin_column_is_used_by_the_column_margin_and_refused_with_others(
     assert "data.columns.margin='gap' is not used: the margin kl" in capsys.readouterr().err
     done = run("fit", tiny_model_path, tiny_data, tmp_path, [*data, "--model.margin", "Column"])
     assert done.cli.model.last_output.target_margin.tolist() == [0.5] * 4
+
+
+def test_a_fused_optimizer_is_clipped_under_bf16_mixed_as_any_other(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    weights = []
+    for fused in ("true", "false"):
+        options = ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.fused", fused]
+        options += ["--model.optimizer.lr", "0.001", "--model.optimizer.eps", "1.0"]  # so that the norm matters
+        options += ["--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "0.01"]
+        module = run("fit", tiny_model_path, tiny_data, tmp_path / fused, options).cli.model
+        weights.append(torch.cat([p.detach().flatten() for p in module.policy.parameters()]))
+    start = PreferenceModule(ModelConfig(path=tiny_model_path), DPO(), KL(), reference="copy")
+    start.configure_model()
+    start = torch.cat([p.detach().flatten() for p in start.policy.parameters()])
+    moved = [float((w - start).norm()) for w in weights]
+    assert moved[0] == pytest.approx(moved[1], rel=0.02) and 0 < moved[0] < 8 * 0.001 * 0.01

@@ -1,0 +1,270 @@
+"""Two processes that share the weights (FSDP2) do what one does; their checkpoints and exports are whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM
+
+from gamma_po.errors import ConfigError
+from gamma_po.losses import DPO
+from gamma_po.margins import KL
+from gamma_po.module import PreferenceModule
+from gamma_po.policies import Lora, ModelConfig, attach_lora
+from gamma_po.sharding import check_sharding, transformer_blocks
+from gamma_po.state import state_to_plain
+from tests.integration.test_ranks import LOSS_TOLERANCE, OBJECTIVE, WEIGHT_TOLERANCE, pairs_by_step, two_processes
+from tests.integration.test_resume import assert_identical
+from tests.runs import arguments, fit, steps_of
+from tests.tiny import tiny_model
+
+BF16_TOLERANCE = 0.02  # nats of the mean loss; bfloat16 keeps 8 bits
+LR, CLIP = 0.1, 0.05
+COMMON = [*OBJECTIVE, "--model.optimizer.momentum", "0.5", "--trainer.gradient_clip_val", str(CLIP)]
+COMMON += ["--trainer.max_epochs", "3", "--pair_recorder.every_n_steps", "1", "--checkpoint.save_top_k", "-1"]
+COMMON += ["--model.warmup_ratio", "0"]
+FULL = [*COMMON, "--checkpoint.every_n_train_steps", "12", "--report.enabled", "true", "--report.num_prompts", "2"]
+LORA = [*COMMON, "--model.lora.r", "4", "--model.reference", "copy", "--data.layout", "shared_prefix"]
+LORA += ["--checkpoint.every_n_train_steps", "1", "--model.gradient_checkpointing", "true"]
+BF16 = [*COMMON, "--model.lora.r", "4", "--trainer.precision", "bf16-mixed", "--model.policy.dtype", "bfloat16"]
+STRATEGY = "--trainer.strategy"
+HALVED = ["--trainer.devices", "2", "--data.batch_size", "2", "--data.eval_batch_size", "1"]
+SHARDED = [*HALVED, STRATEGY, "ModelParallelStrategy", f"{STRATEGY}.data_parallel_size", "2"]
+SHARDED += [f"{STRATEGY}.tensor_parallel_size", "1"]
+SHARDED += ["--trainer.callbacks", "tests.integration.test_sharding.WhatEachHolds"]
+ONE_FILE = [f"{STRATEGY}.save_distributed_checkpoint", "false"]
+MIDDLE = 12  # steps: inside the second epoch of 8
+
+SCRIPT = """
+import glob, json, os, sys
+from pathlib import Path
+from gamma_po.cli import PreferenceCLI
+
+for name, command in json.loads(Path(sys.argv[1]).read_text()).items():
+    sys.argv[1:] = []
+    os.environ["HELD"] = str(Path(os.environ["ROOT"]) / name)
+    Path(os.environ["HELD"]).mkdir(exist_ok=True)
+    PreferenceCLI([glob.glob(word[5:])[0] if word.startswith("glob:") else word for word in command])
+"""
+
+
+class WhatEachHolds(Callback):
+    """Writes each process's margin history and share of the weights; named on the command line."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for module in pl_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after an evaluation embedding and head stay gathered until the next step
+        parameters = list(pl_module.parameters())
+        held = {
+            "margin_state": state_to_plain(pl_module.margin_state),
+            "all": sum(parameter.numel() for parameter in parameters),
+            "here": sum(parameter.to_local().numel() for parameter in parameters),
+        }
+        torch.save(held, Path(os.environ["HELD"]) / f"rank{trainer.global_rank}.pt")
+
+
+class Runs(SimpleNamespace):
+    """The directories of the runs in one process and in two, by name."""
+
+    one: dict[str, Path]
+    two: dict[str, Path]
+    root: Path
+    said: str
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a run's policy folder: of the model, or of the adapter."""
+    (file,) = (folder / "policy").glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All runs of this file: one launch of two processes, and the same in this one."""
+    root = tmp_path_factory.mktemp("sharding")
+    # 11 rows, one at a time: the second process's last batch is empty.
+    odd = ["--data.validation", tiny_data["test"]]
+    methods = {"full": FULL, "lora": LORA, "bf16": [*BF16, "--trainer.max_steps", "2"]}
+    one = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache-one"))
+        patch.setattr("sys.argv", ["gamma_po"])
+        for name, options in methods.items():
+            one[name] = fit(
+                tiny_model_path, tiny_data, root / "one" / name, [*options, *odd, "--data.eval_batch_size", "2"]
+            )
+
+    sharded = {name: [*options, *odd, *SHARDED] for name, options in methods.items()}
+    sharded["lora"] += ONE_FILE
+    for name in ("full", "lora"):
+        start = f"glob:{root}/two/{name}/runs/run/*/checkpoints/*step={MIDDLE}.ckpt"
+        sharded[f"{name}-resumed"] = [
+            *sharded[name],
+            "--ckpt_path",
+            start,
+            "--weights_only",
+            str(name == "lora").lower(),
+        ]
+    sharded["ddp"] = [*LORA, *odd, *HALVED, STRATEGY, "ddp"]
+    # Scored anew, when the policy is no longer its own reference: from a copy that is sharded, too.
+    sharded["full-resumed"] += ["--data.cache_dir", str(root / "cache-resumed")]
+    commands = {}
+    for name, options in sharded.items():
+        commands[name] = ["fit", *arguments(tiny_model_path, tiny_data, root / "two" / name, options)]
+    (root / "commands.json").write_text(json.dumps(commands))
+    (root / "script.py").write_text(SCRIPT)
+    said = two_processes(
+        [str(root / "script.py"), str(root / "commands.json")], ROOT=str(root), XDG_CACHE_HOME=str(root / "cache-two")
+    )
+    two = {name: next((root / "two" / name / "runs" / "run").iterdir()) for name in sharded}
+    return Runs(one=one, two=two, root=root, said=said)
+
+
+@pytest.mark.parametrize(("name", "of_one"), [("full", "full"), ("lora", "lora"), ("ddp", "lora")])
+def test_two_processes_see_the_losses_and_margins_of_one(runs: Runs, name: str, of_one: str) -> None:
+    one, two = pairs_by_step(runs.one[of_one]), pairs_by_step(runs.two[name])
+    assert len(one) == 24 and one.keys() == two.keys()
+    for step, rows in one.items():
+        assert rows.keys() == two[step].keys() and len(rows) == 4
+        for row, expected in rows.items():
+            assert two[step][row] == pytest.approx(expected, abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "of_one"), [("full", "full"), ("lora", "lora"), ("ddp", "lora")])
+def test_the_weights_that_the_first_process_exports_are_those_of_one(runs: Runs, name: str, of_one: str) -> None:
+    one, two = exported(runs.one[of_one]), exported(runs.two[name])
+    assert one.keys() == two.keys()
+    assert {key: (value.shape, value.dtype) for key, value in one.items()} == {
+        key: (value.shape, value.dtype) for key, value in two.items()
+    }
+    flat_one, flat_two = (torch.cat([state[key].double().flatten() for key in sorted(state)]) for state in (one, two))
+    assert float((flat_one - flat_two).norm() / flat_one.norm()) < WEIGHT_TOLERANCE
+
+
+def test_an_exported_policy_loads_in_one_process(runs: Runs) -> None:
+    model = AutoModelForCausalLM.from_pretrained(runs.two["full"] / "policy")
+    weights = exported(runs.two["full"])
+    assert "lm_head.weight" not in weights  # tied
+    for key, value in weights.items():
+        assert torch.equal(model.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_each_process_holds_half_of_the_weights_and_the_whole_history_of_the_margin(runs: Runs, name: str) -> None:
+    held = [torch.load(runs.root / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [rank["here"] for rank in held] == [held[0]["all"] / 2] * 2  # policy and, with LoRA, the reference's copy
+    histories = [rank["margin_state"]["reward_margin"] for rank in held]
+    assert torch.equal(histories[0], histories[1]) and histories[0].shape == (20,)
+    alone = torch.load(runs.one[name] / "checkpoints" / "last.ckpt", weights_only=True)["margin_state"]
+    torch.testing.assert_close(histories[0], alone["reward_margin"], rtol=0, atol=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_validation_of_an_uneven_number_of_rows_counts_each_once(runs: Runs, name: str) -> None:
+    for metric in ("val/loss", "val/rewards/margins", "val/accuracy/policy", "val/logps/chosen"):
+        expected = steps_of(runs.one[name], metric)
+        assert len(expected) == 3
+        assert steps_of(runs.two[name], metric) == pytest.approx(expected, abs=LOSS_TOLERANCE, rel=1e-5)
+
+
+def test_the_gradient_is_clipped_by_the_norm_over_all_shards(runs: Runs) -> None:
+    # The adapters' B starts at 0, where A has no gradient: a clipped step of SGD gives B the norm lr · clip.
+    (first,) = (runs.two["lora"] / "checkpoints").glob("*step=1.ckpt")
+    state = torch.load(first, weights_only=True)["state_dict"]
+    norm = math.hypot(*(float(value.norm()) for name, value in state.items() if "lora_B" in name))
+    assert norm == pytest.approx(LR * CLIP, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_run_resumed_from_shards_or_from_one_file_ends_with_the_same_bits(runs: Runs, name: str) -> None:
+    whole, resumed = runs.two[name], runs.two[f"{name}-resumed"]
+    checkpoints = {path.name: path.is_dir() for path in (whole / "checkpoints").glob("epoch*")}
+    assert set(checkpoints.values()) == {name == "full"}
+    assert steps_of(resumed, "train/loss") == steps_of(whole, "train/loss")[MIDDLE:]
+    before, after = pairs_by_step(whole), pairs_by_step(resumed)
+    assert after == {step: rows for step, rows in before.items() if step > MIDDLE}
+    assert_identical(exported(whole), exported(resumed))
+
+
+def test_a_checkpoint_of_adapters_holds_neither_base_nor_reference(runs: Runs) -> None:
+    one, two = (
+        torch.load(folder["lora"] / "checkpoints" / "last.ckpt", weights_only=True) for folder in (runs.one, runs.two)
+    )
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    assert all("lora_" in key for key in two["state_dict"])
+    assert {key: value.shape for key, value in one["state_dict"].items()} == {
+        key: value.shape for key, value in two["state_dict"].items()
+    }
+
+
+def test_in_bfloat16_base_and_adapters_of_two_dtypes_are_sharded_together(runs: Runs) -> None:
+    expected = steps_of(runs.one["bf16"], "train/loss")
+    assert len(expected) == 2
+    assert steps_of(runs.two["bf16"], "train/loss") == pytest.approx(expected, abs=BF16_TOLERANCE)
+
+
+def test_samples_are_left_out_with_a_message_and_the_pairs_are_reported(runs: Runs) -> None:
+    one, two = (json.loads((folder["full"] / "report.json").read_text()) for folder in (runs.one, runs.two))
+    assert two["pairs"]["num_pairs"] == 11 and two["samples"] is None and one["samples"] is not None
+    assert two["pairs"]["accuracy_policy"]["mean"] == pytest.approx(one["pairs"]["accuracy_policy"]["mean"])
+    assert runs.said.count("no samples: generation under ModelParallelStrategy is not supported") == 2
+
+
+def test_fsdp1_is_refused_with_what_is_allowed(tiny_model_path: str) -> None:
+    module = PreferenceModule(ModelConfig(path=tiny_model_path), DPO(), KL())
+    module._trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(ConfigError, match=r"FSDPStrategy.*allowed: ModelParallelStrategy"):
+        module.configure_model()
+
+
+def mesh(**sizes: int) -> Any:
+    """Stands for the processes' mesh."""
+    dimensions = {name: SimpleNamespace(size=lambda size=size: size) for name, size in sizes.items()}
+    whole = type("Mesh", (dict,), {"size": lambda self: math.prod(sizes.values())})
+    return whole(dimensions)
+
+
+def test_what_cannot_be_sharded_is_refused_with_what_is_allowed() -> None:
+    here = mesh(data_parallel=2, tensor_parallel=1)
+    config = ModelConfig(path="anything")
+    check_sharding(config, here, "bf16-mixed")
+    with pytest.raises(ConfigError, match="tensor_parallel_size: 1 and data_parallel_size: 4"):
+        check_sharding(config, mesh(data_parallel=1, tensor_parallel=4), "32-true")
+    with pytest.raises(ConfigError, match=r"precision.*16-mixed.*bf16-mixed"):
+        check_sharding(config, here, "16-mixed")
+    with pytest.raises(ConfigError, match=r"quantization=nf4.*cannot be sharded"):
+        check_sharding(SimpleNamespace(quantization="nf4"), here, "32-true")
+
+
+def test_blocks_are_found_through_adapters_and_a_model_without_blocks_is_refused() -> None:
+    model = tiny_model()
+    layers = list(model.model.layers)
+    assert transformer_blocks(model) == layers
+    assert transformer_blocks(attach_lora(model, Lora(r=2), seed=0)) == layers
+    bare = tiny_model()
+    bare.model.layers, bare._no_split_modules = nn.ModuleList(), None
+    with pytest.raises(ConfigError, match=r"llama does not say.*ddp"):
+        transformer_blocks(bare)
+
+
+def test_a_sharded_checkpoint_is_loaded_only_where_its_author_is_trusted(
+    runs: Runs, tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    shards = str(runs.two["full"] / "checkpoints" / "last.ckpt")
+    with pytest.raises(ConfigError, match="--weights_only false"):
+        fit(tiny_model_path, tiny_data, tmp_path, [*FULL, *SHARDED, "--ckpt_path", shards])
+    with pytest.raises(ConfigError, match=r"allowed with it: trainer\.strategy: ModelParallelStrategy"):
+        fit(tiny_model_path, tiny_data, tmp_path, [*FULL, "--ckpt_path", shards, "--weights_only", "false"])
