@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -119,10 +120,29 @@ def merged(model: PeftModel, name: str) -> PreTrainedModel:
     Raises:
         ConfigError: a merged weight is not finite.
     """
+    check_tied(model, name)
     try:
         return model.merge_and_unload(safe_merge=True).requires_grad_(True).eval()
     except ValueError as error:
         raise ConfigError(f"{name}: the adapter cannot be merged: {str(error).splitlines()[0]}") from error
+
+
+def check_tied(model: PeftModel, name: str) -> None:
+    """Refuse an adapter on one end of weights that embedding and head share: merging would change both ends.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    base = model.get_base_model()
+    ends = {"the embedding": base.get_input_embeddings(), "the head": base.get_output_embeddings()}
+    if len({id(getattr(end, "weight", end)) for end in ends.values()}) == 2:
+        return
+    for end, layer in ends.items():
+        if isinstance(layer, BaseTunerLayer):
+            raise ConfigError(
+                f"{name}: an adapter on {end}, which shares its weights with the other end of this model; merged, it "
+                "would change both; allowed: adapters on the layers between"
+            )
 
 
 def keep_start(folder: Path, start: str) -> None:

@@ -86,6 +86,7 @@ def segment_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend, as transformers' attention functions do.
@@ -101,9 +102,13 @@ def segment_attention(
         sliding_window: how many tokens back a token looks, itself included.
         softcap: scores become softcap · tanh(score / softcap).
 
+        s_aux: attention sinks, which are not supported.
+
     Returns:
         [1, T, H, D], and no weights.
     """
+    if s_aux is not None:
+        raise ValueError("attention in segments knows no attention sinks")
     if segments is None:
         if softcap is None:
             return sdpa_attention_forward(
@@ -112,14 +117,19 @@ def segment_attention(
         if attention_mask is None:
             attention_mask = _causal(query.shape[2], key.shape[2], sliding_window, query.device)
         return _soft_capped(query, key, value, attention_mask, scaling, dropout, softcap).transpose(1, 2), None
-    if query.is_cuda and query.dtype != torch.float32 and softcap is None and dropout == 0.0:
-        return _in_one_kernel(query, key, value, segments, scaling, sliding_window)[None], None
-    if query.device.type == "cpu":  # where half precision halves the speed of attention's backward pass
-        wide = (tensor.float() for tensor in (query, key, value))
-        output = _one_by_one(*wide, segments, scaling, dropout, sliding_window, softcap).to(query.dtype)
-    else:
-        output = _one_by_one(query, key, value, segments, scaling, dropout, sliding_window, softcap)
-    return output.transpose(1, 2).contiguous(), None
+    kind, dtype = query.device.type, value.dtype  # rotary embeddings may have widened query and key
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    if kind == "cpu" and dtype == torch.bfloat16:
+        dtype = torch.float32  # on a CPU, half precision halves the speed of attention's backward pass
+    query, key, wide = (tensor.to(dtype) for tensor in (query, key, value))
+    with torch.autocast(kind, enabled=False):
+        if kind == "cuda" and dtype != torch.float32 and softcap is None and dropout == 0.0:
+            output = _in_one_kernel(query, key, wide, segments, scaling, sliding_window)[None]
+        else:
+            output = _one_by_one(query, key, wide, segments, scaling, dropout, sliding_window, softcap)
+            output = output.transpose(1, 2).contiguous()
+    return output.to(value.dtype), None
 
 
 def _one_by_one(

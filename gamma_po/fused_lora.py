@@ -28,7 +28,9 @@ class FusedLoraLinear(LoraLinear):
         (name,) = self.active_adapters
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
         base = self.base_layer
-        return _LoraProduct.apply(x, base.weight, base.bias, A, B, self.scaling[name], dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        output = _LoraProduct.apply(rows, base.weight, base.bias, A, B, self.scaling[name], dtype)
+        return output.view(*x.shape[:-1], -1)
 
     def _fusable(self, dtype: torch.dtype) -> bool:
         """One plain adapter in use, without dropout or bias, on a frozen linear layer, all computed in one dtype."""
@@ -53,7 +55,7 @@ def fuse_lora(model: PeftModel) -> None:
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x Wᵀ + b + scaling · (x Aᵀ) Bᵀ, with gradients for x, A and B."""
+    """x Wᵀ + b + scaling · (x Aᵀ) Bᵀ for rows x [T, D], with gradients for x, A and B."""
 
     @staticmethod
     def forward(
@@ -66,24 +68,23 @@ class _LoraProduct(torch.autograd.Function):
         scaling: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        rows = x.to(dtype)
         inner = rows @ A.to(dtype).T
         output = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
         output.addmm_(inner, B.to(dtype).T, alpha=scaling)
         ctx.save_for_backward(rows, weight, A, B, inner)
-        ctx.scaling, ctx.x_dtype, ctx.x_shape = scaling, x.dtype, x.shape
-        return output.view(*x.shape[:-1], -1)
+        ctx.scaling, ctx.x_dtype = scaling, x.dtype
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, A, B, inner = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])
         through_b = gradient @ B.to(gradient.dtype)
         for_x = None
         if ctx.needs_input_grad[0]:
             for_x = gradient @ weight.to(gradient.dtype)
             for_x.addmm_(through_b, A.to(gradient.dtype), alpha=ctx.scaling)
-            for_x = for_x.to(ctx.x_dtype).view(ctx.x_shape)
+            for_x = for_x.to(ctx.x_dtype)
         for_a = (through_b.T @ rows).to(A.dtype) * ctx.scaling
         for_b = (gradient.T @ inner).to(B.dtype) * ctx.scaling
         return for_x, None, None, for_a, for_b, None, None

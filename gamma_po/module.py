@@ -28,6 +28,7 @@ from gamma_po.checkpoints import (
     trained_names,
 )
 from gamma_po.data.dataset import PairDataset
+from gamma_po.data.loader import ShuffledBatches
 from gamma_po.data.reference_cache import (
     BASE_FIELDS,
     SHARED_FIELDS,
@@ -274,13 +275,14 @@ class PreferenceModule(LightningModule):
         if self.reference is None or self.reference.source != "cached" or dataset.reference is not None:
             return
         datamodule, config = self.trainer.datamodule, self.reference.config
+        gathered = gathered_in(self.trainer.precision, sharded=self.device_mesh is not None)
         self.reference_cost[split] = found = cached_logps(
             dataset.pairs,
             self._open_scoring,
             key=ReferenceKey(
                 weights=self.reference.weights,
                 layout=datamodule.layout,
-                precision=f"{config.dtype}/{gathered_in(self.trainer.precision, sharded=self.device_mesh is not None)}",
+                precision=f"{config.dtype}/{self.policy_config.dtype}/{gathered}",
                 attention=config.attention if datamodule.layout == "padded" else SEGMENTS,
             ),
             folder=datamodule.cache_dir or default_cache_dir(),
@@ -340,6 +342,17 @@ class PreferenceModule(LightningModule):
         """Continue in the data where the checkpoint stood: Lightning forgets that for a loader that it built before
         it restored its loops, and `estimated_stepping_batches` builds it early."""
         self.trainer.fit_loop._load_combined_loader_states()
+        self._begin_epoch_of_data()
+
+    def on_train_epoch_start(self) -> None:
+        """Let the data take this epoch's order. Lightning tells no batch sampler of one's own which epoch it is, and
+        miscounts after a checkpoint from the end of an epoch; a run that goes on inside an epoch skips this hook."""
+        self._begin_epoch_of_data()
+
+    def _begin_epoch_of_data(self) -> None:
+        batches = getattr(self.trainer.train_dataloader, "batch_sampler", None)
+        if isinstance(batches, ShuffledBatches):
+            batches.set_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Check the first step; make the step's randomness a function of (seed, epoch, batch, rank)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,17 +20,20 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from gamma_po.adapters import DESCRIPTION, adapter_folder, keep_start, merge_adapter
+from gamma_po.adapters import DESCRIPTION, adapter_folder, check_tied, keep_start, merge_adapter
 from gamma_po.errors import ConfigError, require
 from gamma_po.fused_lora import fuse_lora
 from gamma_po.packages import PACKAGE_PREFIX, package_file
 from gamma_po.rundirs import free_path
 
 LOAD_ERRORS = (OSError, ImportError, ValueError)  # not there; a package is missing; architecture or its code refused
+FINGERPRINT_VERSION = "2"  # raised when the same weights come to give other numbers here
+NOT_COMPUTED_WITH = {"transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -215,16 +219,23 @@ def attach_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
             f"lora.target_modules={lora.target_modules!r} does not fit this model; its linear layers are "
             f"{', '.join(linear)}; or use 'all-linear'"
         ) from error
+    check_tied(adapted, f"lora.target_modules={lora.target_modules!r}")
     fuse_lora(adapted)
     return adapted
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of all weights (names, dtypes, shapes, values): equal fingerprints mean equal models.
+    """Hash of the settings and all weights (names, dtypes, shapes, values): equal ones mean equal models.
 
     Sharded weights are brought together one by one, so all processes must take part.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(FINGERPRINT_VERSION.encode())
+    config = getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig):
+        settings = {
+            key: value for key, value in config.to_dict().items() if key not in NOT_COMPUTED_WITH and key[0] != "_"
+        }
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

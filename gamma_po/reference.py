@@ -78,10 +78,11 @@ class Reference(nn.Module):
         if not self.is_start_of_policy:
             other = load_model(self.config)
             check_layout(layout, other, self.config.attention)
-            if other.config.vocab_size != untouched_policy.config.vocab_size:
+            sizes = [model.config.get_text_config().vocab_size for model in (other, untouched_policy)]
+            if sizes[0] != sizes[1]:
                 raise ConfigError(
-                    f"model.reference_model has {other.config.vocab_size} tokens, the policy "
-                    f"{untouched_policy.config.vocab_size}: both must read the same token ids"
+                    f"model.reference_model has {sizes[0]} tokens, the policy {sizes[1]}: both must read the same "
+                    "token ids"
                 )
         if self.source == "cached":
             self.weights = fingerprint(untouched_policy if self.is_start_of_policy else other)
@@ -116,7 +117,7 @@ class Reference(nn.Module):
                 yield policy
         else:
             parameter = next(policy.parameters())
-            loaded = CompletionScorer(load_model(self.config)).to(parameter.dtype)
+            loaded = CompletionScorer(load_model(self.config)).to(parameter.dtype)  # its weights; buffers keep theirs
             yield place(loaded).to(parameter.device).eval()
 
     def logps(self, batch: PreferenceBatch, policy: CompletionScorer) -> PairLogps:

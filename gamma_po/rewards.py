@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gamma_po.errors import ConfigError
 from gamma_po.types import Evidence, PairLogps, PairRewards
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -134,5 +135,6 @@ def _held(values: Tensor, low: float, high: float) -> Tensor:
 
 def _reference(evidence: Evidence) -> PairLogps:
     """The reference is frozen: no gradient reaches it."""
-    assert evidence.reference is not None, "this reward needs the reference's log-probabilities"
+    if evidence.reference is None:
+        raise ConfigError("this loss's rewards need the reference's log-probabilities, but Evidence.reference=None")
     return evidence.reference.detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -29,6 +31,17 @@ class CompletionScorer(nn.Module):
         super().__init__()
         self.model = model
         self.with_on_policy = with_on_policy  # also fill PairLogps.chosen_on_policy and rejected_on_policy
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompletionScorer:
+        """Move or cast as any module, except that buffers keep their dtype: a rotary embedding's frequencies, rounded
+        to 16 bits, would change log-probabilities by nats per sequence, and an exported model has exact ones."""
+        before = [(module, name, value) for module in self.modules() for name, value in module._buffers.items()]
+        super()._apply(fn, recurse)
+        for module, name, value in before:
+            now = module._buffers[name]
+            if value is not None and now is not None and now.dtype != value.dtype:
+                module._buffers[name] = value.to(now.device)
+        return self
 
     def forward(self, model_input: ModelInput, temperature: float = 1.0) -> PairLogps:
         """Score P pairs.
@@ -73,16 +86,18 @@ class CompletionScorer(nn.Module):
             model_input.targets,
             head=causal.get_output_embeddings(),
             logits=Logits(
-                _logit_scale(causal.config) / temperature, getattr(causal.config, "final_logit_softcapping", None)
+                _logit_scale(causal.config.get_text_config()) / temperature,
+                getattr(causal.config.get_text_config(), "final_logit_softcapping", None),
             ),
             with_collision=with_collision,
         )
 
 
 def check_layout(layout: str, model: PreTrainedModel, attention: str) -> None:
-    """Refuse a layout that the architecture or the attention backend would compute wrongly.
+    """Refuse a model or a layout whose log-probabilities would be computed wrongly.
 
-    After what is known about them, the layout is tried: the model scores a short pair in it and padded.
+    After what is known about them, both are tried: a short pair is scored, padded and in the layout, and compared
+    with the model's own logits.
 
     Args:
         layout: name of the layout.
@@ -92,6 +107,11 @@ def check_layout(layout: str, model: PreTrainedModel, attention: str) -> None:
     Raises:
         ConfigError: naming the reason and the layout that works.
     """
+    if next(model.parameters()).is_meta:
+        return
+    wrong = _differs_from_logits("padded", model)
+    if wrong is not None:
+        raise ConfigError(f"{model.config.model_type}, as loaded, cannot be scored here: {wrong}")
     if layout == "padded":
         return
     reason = None
@@ -102,27 +122,28 @@ def check_layout(layout: str, model: PreTrainedModel, attention: str) -> None:
         reason = f"{model.config.model_type} does not let its attention be exchanged"
     elif attention not in ("sdpa", "eager"):
         reason = f"attention={attention} cannot attend in segments (sdpa and eager can)"
-    elif not next(model.parameters()).is_meta:
-        reason = _differs_from_padded(layout, model)
+    else:
+        reason = _differs_from_logits(layout, model)
     if reason is not None:
         raise ConfigError(f"data.layout={layout} does not work here: {reason}; allowed: padded")
 
 
 @torch.no_grad()
-def _differs_from_padded(layout: str, model: PreTrainedModel) -> str | None:
-    """Score one short pair both ways; return what is wrong, or None."""
-    spread = (
-        torch.arange(1, sum(PROBE_LENGTHS) + 1) * 7919 % model.config.vocab_size
-    )  # a prime: all over the vocabulary
+def _differs_from_logits(layout: str, model: PreTrainedModel) -> str | None:
+    """Score one short pair; return in what it differs from the model's own logits, or None."""
+    vocabulary = model.config.get_text_config().vocab_size
+    spread = torch.arange(1, sum(PROBE_LENGTHS) + 1) * 7919 % vocabulary  # a prime: all over the vocabulary
     parts = [[part] for part in spread.split(PROBE_LENGTHS)]
-    scorer, device = CompletionScorer(model), model.device
+    rows = LAYOUTS["padded"](*parts, 0).to(model.device)
     try:
-        values = [scorer.token_logps(LAYOUTS[name](*parts, 0).to(device)).logps for name in ("padded", layout)]
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{model.config.model_type} fails in it: {str(error).splitlines()[0]}"
-    difference = float((values[0] - values[1]).abs().mean())
+        found = CompletionScorer(model).token_logps(LAYOUTS[layout](*parts, 0).to(model.device)).logps
+        logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return f"{model.config.model_type} fails: {str(error).splitlines()[0]}"
+    every = logits.flatten(0, 1)[rows.predict_from].float().log_softmax(1)
+    difference = float((found - every.gather(1, rows.targets[:, None]).squeeze(1)).abs().mean())
     if not difference <= PROBE_TOLERANCE[model.dtype]:
-        return f"{model.config.model_type} gives log-probabilities {difference:.2g} nat per token away from padded"
+        return f"its log-probabilities are {difference:.2g} nat per token away from those of the model's own logits"
     return None
 
 

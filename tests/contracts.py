@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -127,9 +129,12 @@ class LossContract:
         for loss, _ in self._cases():
             target_margin = torch.full((6,), 0.3, dtype=torch.float64, requires_grad=True)
             evidence, chosen, _ = with_gradient(self.evidence())
-            reference = evidence.reference.chosen.requires_grad_() if loss.needs_reference else target_margin
+            assert evidence.reference is not None
+            sums = (evidence.reference[k].requires_grad_() for k in (0, 1, 4, 5))  # both sides, whole and shared
+            reference = dict(zip(("chosen", "rejected", "chosen_shared", "rejected_shared"), sums, strict=True))
             loss(evidence, target_margin * 1.0).sum().backward()
-            assert target_margin.grad is None and reference.grad is None
+            assert target_margin.grad is None
+            assert [name for name, leaf in reference.items() if leaf.grad is not None] == []
             assert chosen.grad is not None
 
     def test_calling_twice_gives_the_same_bits(self) -> None:
@@ -231,6 +236,18 @@ class LossContract:
                 with pytest.raises(ConfigError, match=rf"the margin 'kl' is not allowed with the loss '{self.name}'"):
                     require_margin_fits(loss, "kl")
 
+    def test_a_margin_of_another_shape_is_refused_instead_of_broadcast(self) -> None:
+        for loss, _ in self._cases():
+            for shape in ((6, 1), (1, 6), (1,), (), (5,)):
+                with pytest.raises(ValueError, match=rf"'{self.name}' has shape {re.escape(str(shape))}; .*\(6,\)"):
+                    loss(self.evidence(), torch.zeros(shape, dtype=torch.float64))
+
+    def test_a_missing_reference_is_refused_exactly_where_the_loss_needs_one(self) -> None:
+        for loss, _ in self._cases():
+            if loss.needs_reference:
+                with pytest.raises(ConfigError, match=rf"the loss '{self.name}' needs the reference"):
+                    loss(self.evidence(reference=False), torch.zeros(6, dtype=torch.float64))
+
     def test_unknown_options_are_refused_by_name(self) -> None:
         known = ", ".join(field.name for field in dataclasses.fields(LOSSES[self.name])) or "none"
         with pytest.raises(
@@ -240,8 +257,9 @@ class LossContract:
 
     def test_options_that_must_be_positive_are_checked(self) -> None:
         for option in self.positive:
-            with pytest.raises(ConfigError, match=rf"{self.name}.{option}=0"):
-                build_loss(self.name, **{**self.options[0], option: 0})
+            for value in (0, math.nan, math.inf):
+                with pytest.raises(ConfigError, match=rf"{self.name}.{option}={value}"):
+                    build_loss(self.name, **{**self.options[0], option: value})
 
 
 def rows_of(evidence: Evidence, rows: Tensor) -> Evidence:
@@ -277,16 +295,24 @@ def on_two_ranks(step: Callable[[Ranks], Any]) -> list[Any]:
 
 
 class MarginContract:
-    """Subclass with `margins()`: the margins to check, ready for use with the evidence of `random_evidence`."""
+    """Subclass with `margins()`: the margins to check, ready for use with `evidence`."""
 
     def margins(self) -> list[tuple[Margin, Any]]:
         """Margin and fitted state."""
         raise AssertionError("give the margins")
 
+    def evidence(self, seed: int = 0) -> Evidence:
+        """Six pairs with a number each from the data."""
+        column = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 2000)) + 0.5
+        return random_evidence(seed=seed)._replace(column=column)
+
+    def test_there_are_margins_to_check(self) -> None:
+        assert self.margins()
+
     def _call(
         self, margin: Margin, state: Any, seed: int = 0, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, Any]:
-        evidence = random_evidence(seed=seed)
+        evidence = self.evidence(seed)
         reward_margin = (evidence.policy.margin - evidence.reference.margin).to(dtype) * 0.1
         return margin(reward_margin, evidence, state)
 
@@ -297,10 +323,13 @@ class MarginContract:
                 assert target_margin.shape == (6,) and target_margin.dtype == dtype
                 assert not target_margin.requires_grad
 
-    def test_a_reward_margin_with_a_graph_gives_a_margin_without(self) -> None:
+    def test_rewards_and_evidence_with_a_graph_give_a_margin_without(self) -> None:
         for margin, state in self.margins():
             reward_margin = torch.randn(6, dtype=torch.float64, requires_grad=True)
-            target_margin, new = margin(reward_margin * 2, random_evidence(), state)
+            evidence = self.evidence().map(
+                lambda field: field.clone().requires_grad_() * 1 if field.is_floating_point() else field
+            )
+            target_margin, new = margin(reward_margin * 2, evidence, state)
             assert not target_margin.requires_grad
             assert not any(value.requires_grad for value in _tensors(new))
 
@@ -330,7 +359,7 @@ class MarginContract:
     def test_the_order_of_the_pairs_does_not_matter(self) -> None:
         order = torch.tensor([3, 0, 5, 1, 4, 2])
         for margin, state in self.margins():
-            evidence = random_evidence()
+            evidence = self.evidence()
             reward_margin = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
             plain, _ = margin(reward_margin, evidence, state)
             permuted, _ = margin(reward_margin[order], rows_of(evidence, order), state)

@@ -38,7 +38,7 @@ class ShuffledBatches(Sampler[list[Slot]]):
         return self.num_pairs // (self.batch_size * self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; Lightning calls this."""
+        """Choose the epoch whose order comes next; PreferenceModule calls this at the start of each."""
         self.epoch = epoch
 
     def settings(self) -> dict[str, Any]:

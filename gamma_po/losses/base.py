@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -69,7 +70,6 @@ class Loss(ABC):
     def rewards(self, evidence: Evidence) -> PairRewards:
         """Return the implicit rewards, [P] each, β-scaled."""
 
-    @abstractmethod
     def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
         """Return the loss of each pair.
 
@@ -80,7 +80,30 @@ class Loss(ABC):
 
         Returns:
             [P].
+
+        Raises:
+            ConfigError: the loss needs a reference, and the evidence has none.
+            ValueError: γ has not the shape of the log-probabilities.
         """
+        self._check(evidence, target_margin)
+        return self.of_pairs(evidence, target_margin, ranks)
+
+    @abstractmethod
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
+        """Return the loss of each pair, [P]; what is given has been checked, see `__call__`."""
+
+    def _check(self, evidence: Evidence, target_margin: Tensor) -> None:
+        """Refuse evidence without the reference that the loss needs, and a γ that would be broadcast."""
+        if self.needs_reference and evidence.reference is None:
+            raise ConfigError(
+                f"the loss {self.name!r} needs the reference's log-probabilities, but Evidence.reference=None; "
+                "allowed: PairLogps of the same pairs"
+            )
+        expected, given = tuple(evidence.policy.chosen.shape), tuple(target_margin.shape)
+        if given != expected:
+            raise ValueError(
+                f"the target margin of the loss {self.name!r} has shape {given}; allowed: {expected}, one γ per pair"
+            )
 
 
 class LogRatioRewards(Loss):
@@ -108,7 +131,7 @@ class PairwiseLoss(Loss):
     def link(self, reward_margin: Tensor, target_margin: Tensor) -> Tensor:
         """Return the loss of each pair from its two margins, [P]."""
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """Apply the link to the implicit reward margin."""
         return self.link(self.reward_margin(evidence), target_margin.detach())
 
@@ -127,7 +150,7 @@ class TwoSidedLoss(LogRatioRewards):
     def link(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """Return the loss of each pair from its two shifted rewards, [P]."""
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """Shift both rewards by γ/2 and their baselines, then apply the link."""
         chosen, rejected = self.rewards(evidence)
         baseline = self.baseline(PairRewards(chosen.detach(), rejected.detach()), ranks or Local())
@@ -137,11 +160,18 @@ class TwoSidedLoss(LogRatioRewards):
         return self.link(chosen - half, rejected + half)
 
 
-def require_positive(loss: Loss, *options: str) -> None:
-    """Raise a ConfigError naming the first of the options that is not > 0."""
+def require_positive(owner: Any, *options: str) -> None:
+    """Raise a ConfigError naming the first of the options of a loss or margin that is not finite and > 0."""
     for option in options:
-        value = getattr(loss, option)
-        require(value > 0, f"{loss.name}.{option}", value, "a number > 0")
+        value = getattr(owner, option)
+        require(0 < value < math.inf, f"{owner.name}.{option}", value, "a number > 0 (finite)")
+
+
+def require_not_negative(owner: Any, *options: str) -> None:
+    """Raise a ConfigError naming the first of the options of a loss or margin that is not finite and >= 0."""
+    for option in options:
+        value = getattr(owner, option)
+        require(0 <= value < math.inf, f"{owner.name}.{option}", value, "a number >= 0 (finite)")
 
 
 def require_smoothing(loss: Loss, label_smoothing: float) -> None:
@@ -160,7 +190,8 @@ def known(logps: PairLogps | None, field: str, loss: Loss) -> tuple[Tensor, Tens
     Raises:
         ConfigError: it is not there; naming the loss and the fields.
     """
-    assert logps is not None, f"{loss.name} needs the reference's log-probabilities"
+    if logps is None:
+        raise ConfigError(f"the loss {loss.name!r} needs the reference's log-probabilities, which are not given")
     chosen, rejected = getattr(logps, f"chosen_{field}"), getattr(logps, f"rejected_{field}")
     if chosen is None or rejected is None:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -50,7 +51,7 @@ class SFT(Loss):
         """log π per token."""
         return rewards.mean_logp_rewards(evidence, 1.0)
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """-a/n_w; a margin other than `none` is refused by `require_margin_fits`."""
         return -evidence.policy.mean_chosen
 
@@ -92,8 +93,10 @@ class WeightedSum(Loss):
         require(len(names) > 0, "weighted_sum.losses", names, "at least one loss")
         first_leads = self.losses[0].takes_margin or not self.takes_margin
         require(first_leads, "weighted_sum.losses", names, "a first loss that compares chosen and rejected")
-        fits = len(self.weights) == len(names) and all(weight > 0 for weight in self.weights)
-        require(fits, "weighted_sum.weights", self.weights, f"{len(names)} numbers > 0, one for each of {names}")
+        fits = len(self.weights) == len(names) and all(0 < weight < math.inf for weight in self.weights)
+        require(
+            fits, "weighted_sum.weights", self.weights, f"{len(names)} numbers > 0, one for each of {names}, all finite"
+        )
 
     def init(self) -> tuple[Any, ...]:
         """Every loss's state."""
@@ -106,15 +109,17 @@ class WeightedSum(Loss):
         return dataclasses.replace(self, losses=losses), states
 
     def report(self, state: Any) -> dict[str, Tensor]:
-        """What the losses report, by their names."""
-        parts = zip(self.losses, state, strict=True)
-        return {f"{loss.name}/{key}": value for loss, part in parts for key, value in loss.report(part).items()}
+        """What the losses report, by their names; with their index where a name occurs more than once."""
+        names = [loss.name for loss in self.losses]
+        keys = [f"{name}/{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
+        parts = zip(keys, self.losses, state, strict=True)
+        return {f"{key}/{item}": value for key, loss, part in parts for item, value in loss.report(part).items()}
 
     def rewards(self, evidence: Evidence) -> PairRewards:
         """The first loss's rewards."""
         return self.losses[0].rewards(evidence)
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """Add up."""
         parts = [loss(evidence, target_margin, ranks) for loss in self.losses]
         return (torch.stack(parts) * parts[0].new_tensor(self.weights)[:, None]).sum(dim=0)

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from gamma_po import links, rewards
-from gamma_po.errors import require
-from gamma_po.losses.base import LogRatioRewards, PairwiseLoss, require_positive, require_smoothing
+from gamma_po.losses.base import (
+    LogRatioRewards,
+    PairwiseLoss,
+    require_not_negative,
+    require_positive,
+    require_smoothing,
+)
 from gamma_po.types import Evidence, PairRewards
 
 
@@ -126,7 +131,7 @@ class RDPO(LogRatioRewards, PairwiseLoss):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        require(self.alpha >= 0, "rdpo.alpha", self.alpha, "a number >= 0")
+        require_not_negative(self, "alpha")
 
     def reward_margin(self, evidence: Evidence) -> Tensor:
         """The reward margin and what the longer chosen completion is given."""
@@ -163,7 +168,7 @@ class DPOP(LogRatioRewards, PairwiseLoss):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        require(self.penalty >= 0, "dpop.penalty", self.penalty, "a number >= 0")
+        require_not_negative(self, "penalty")
 
     def reward_margin(self, evidence: Evidence) -> Tensor:
         """The reward margin minus λ times what the chosen reward has fallen below zero."""

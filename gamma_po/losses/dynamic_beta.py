@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import require
-from gamma_po.losses.base import Loss, PairwiseLoss
+from gamma_po.losses.base import Loss, PairwiseLoss, require_not_negative, require_positive
 from gamma_po.losses.dpo import DPO
 from gamma_po.losses.wrapped import Wrapper
 from gamma_po.ranks import Local, Ranks
@@ -37,7 +37,7 @@ class WeightedPairs(Wrapper):
     loss: Loss
     weight: Tensor  # [P]
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """Weigh each pair."""
         return self.weight * self.loss(evidence, target_margin, ranks)
 
@@ -81,12 +81,12 @@ class BetaDPO(Wrapper):
         """Check the options."""
         fits = isinstance(self.loss, PairwiseLoss) and self.loss.reward_scale is not None
         require(fits, "beta_dpo.loss", self.loss.name, "a loss of h alone with a beta (dpo, simpo, ipo, ...)")
-        require(self.alpha >= 0, "beta_dpo.alpha", self.alpha, "a number >= 0")
+        require_not_negative(self, "alpha")
         require(0 < self.keep <= 1, "beta_dpo.keep", self.keep, "0 < share <= 1")
         require(0 <= self.decay < 1, "beta_dpo.decay", self.decay, "0 <= decay < 1")
-        require(self.min_beta > 0, "beta_dpo.min_beta", self.min_beta, "a number > 0")
+        require_positive(self, "min_beta")
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """The loss of all pairs with β, as evaluation wants it; training calls what `step` returns."""
         return self.loss(evidence, target_margin, ranks)
 

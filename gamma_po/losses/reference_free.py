@@ -8,8 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gamma_po import links, rewards
-from gamma_po.errors import require
-from gamma_po.losses.base import Loss, PairwiseLoss, require_positive
+from gamma_po.losses.base import Loss, PairwiseLoss, require_not_negative, require_positive
 from gamma_po.ranks import Ranks
 from gamma_po.types import Evidence, PairRewards
 
@@ -72,13 +71,13 @@ class CPO(Loss):
     def __post_init__(self) -> None:
         """Check the options."""
         require_positive(self, "beta")
-        require(self.sft_weight >= 0, "cpo.sft_weight", self.sft_weight, "a number >= 0")
+        require_not_negative(self, "sft_weight")
 
     def rewards(self, evidence: Evidence) -> PairRewards:
         """β log π, summed."""
         return rewards.logp_rewards(evidence, self.beta)
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """Logistic, and the likelihood of the chosen completion."""
         preference = links.logistic(self.rewards(evidence).margin, target_margin.detach())
         return preference - self.sft_weight * evidence.policy.mean_chosen
@@ -113,7 +112,7 @@ class ORPO(Loss):
         """Log-odds per token."""
         return rewards.log_odds_rewards(evidence)
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """The likelihood of the chosen completion, and the logistic loss of the odds ratio."""
         preference = links.logistic(self.rewards(evidence).margin, target_margin.detach())
         return self.odds_ratio_weight * preference - evidence.policy.mean_chosen

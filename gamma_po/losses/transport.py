@@ -61,9 +61,9 @@ class AOT(TransportLoss):
     name: ClassVar[str] = "aot"
     formula: ClassVar[str] = "(1-ε) ℓ(x) + ε ℓ(-x), x = sort(β (a-b) - γ) - sort(β (a0-b0))"
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """Match by rank: the k-th policy margin with the k-th reference margin."""
-        assert evidence.reference is not None, "aot needs the reference's log-probabilities"
+        assert evidence.reference is not None  # checked by __call__
         ranks = ranks or Local()
         policy = self.beta * evidence.policy.margin - target_margin.detach()
         reference = self.beta * evidence.reference.margin.detach()
@@ -87,7 +87,7 @@ class AOTUnpaired(TransportLoss):
     name: ClassVar[str] = "aot_unpaired"
     formula: ClassVar[str] = "(1-ε) ℓ(x) + ε ℓ(-x), x = sort(β r_w - γ/2) - sort(β r_l + γ/2)"
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """Match by rank: the k-th chosen reward with the k-th rejected reward.
 
         A match may span two ranks, so each rank gives its own completions their gradient: the chosen ones in the

@@ -66,7 +66,7 @@ class OtherEvidence(Wrapper):
         """The inner loss's rewards of what it sees."""
         return self.loss.rewards(self.seen(evidence))
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """The inner loss of what it sees."""
         return self.loss(self.seen(evidence), target_margin, ranks)
 
@@ -183,7 +183,7 @@ class WPO(Wrapper):
         """Check the loss."""
         require(not self.loss.matches_pairs, "wpo.loss", self.loss.name, "a loss that matches no pairs with others")
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """Weigh each pair."""
         chosen, rejected = known(evidence.policy, "on_policy", self)
         return torch.exp((chosen + rejected).detach()) * self.loss(evidence, target_margin, ranks)
@@ -212,6 +212,6 @@ class WithSFT(Wrapper):
         """Check the options."""
         require_positive(self, "sft_weight")
 
-    def __call__(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """The loss and the likelihood of the chosen completion."""
         return self.loss(evidence, target_margin, ranks) - self.sft_weight * evidence.policy.mean_chosen

@@ -61,11 +61,15 @@ def _given_by_rank(score: Tensor, by_rank: Tensor) -> Tensor:
     return torch.empty_like(by_rank).scatter(0, score.argsort(dim=0, stable=True), by_rank)
 
 
+ALLOWED = "kl with history > 0, kl_authors with sample > 0, map"
+
+
 class PoolWrapper(Margin):
     """A margin that gives the inner margin's γ's to other pairs of the same pool.
 
     The pool is that of the inner margin: history and step for KL, the training split for a map, never the
-    micro-batch.
+    micro-batch: an inner margin whose pool is the step alone (kl_dual, kl with history=0, kl_authors with sample=0) is
+    refused, as one pair per step would keep its own γ.
     """
 
     inner: Margin
@@ -75,7 +79,12 @@ class PoolWrapper(Margin):
         if not isinstance(self.inner, PoolMargin):
             raise ConfigError(
                 f"{self.name}.inner={self.inner.name!r} is not allowed: it allocates nothing over a pool of pairs, so "
-                f"there is nothing to give to others; allowed: kl, kl_dual, kl_authors, map"
+                f"there is nothing to give to others; allowed: {ALLOWED}"
+            )
+        if self.inner.pool_is_step:
+            raise ConfigError(
+                f"{self.name}.inner={self.inner!r} is not allowed: its pool is this step's pairs alone, so that with "
+                f"one pair per step {self.name} would change nothing; allowed: {ALLOWED}"
             )
 
     @property
@@ -90,6 +99,7 @@ class PoolWrapper(Margin):
 
     def bind(self, loss: Loss) -> PoolWrapper:
         """Bind the inner margin."""
+        super().bind(loss)
         return dataclasses.replace(self, inner=self.inner.bind(loss))  # type: ignore[type-var]
 
 

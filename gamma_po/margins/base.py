@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from gamma_po.errors import ConfigError, require
-from gamma_po.losses.base import Loss
+from gamma_po.errors import ConfigError
+from gamma_po.losses.base import Loss, require_margin_fits, require_positive
 from gamma_po.ranks import Ranks
 from gamma_po.state import NoState
 from gamma_po.types import Evidence, PairLogps
@@ -38,7 +38,12 @@ class Margin(ABC):
     reads_column: ClassVar[bool] = False
 
     def bind(self, loss: Loss) -> Margin:
-        """Return this margin with options left open decided for `loss`."""
+        """Return this margin with options left open decided for `loss`.
+
+        Raises:
+            ConfigError: the loss compares nothing, so that no margin but `none` fits; or it leaves an option open.
+        """
+        require_margin_fits(loss, self.name)
         return self
 
     def init(self) -> Any:
@@ -69,6 +74,8 @@ class Margin(ABC):
 class PoolMargin(Margin):
     """A margin that is allocated over a pool of pairs, so that it can be reversed or shuffled there."""
 
+    pool_is_step: ClassVar[bool] = False  # True: nothing but this step's pairs, of which there may be only one
+
     @abstractmethod
     def pool(self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks) -> tuple[Pool, Any]:
         """Return the pool and the next state."""
@@ -86,10 +93,12 @@ class BetaMargin(Margin):
 
     def __post_init__(self) -> None:
         """Check β."""
-        require(self.beta is None or self.beta > 0, f"{self.name}.beta", self.beta, "a number > 0, or null")
+        if self.beta is not None:
+            require_positive(self, "beta")
 
     def bind(self, loss: Loss) -> BetaMargin:
         """Take β from the loss where it was left open."""
+        super().bind(loss)
         if self.beta is not None:
             return self
         if loss.reward_scale is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import ConfigError, require
-from gamma_po.losses.base import Loss
+from gamma_po.losses.base import Loss, require_positive
 from gamma_po.margins.base import Pool, PoolMargin, as_target_margin
 from gamma_po.margins.solver import mirror_descent_margins, priced_kl_margins, solve_kl_margins
 from gamma_po.ranks import Local, Ranks
@@ -44,11 +44,11 @@ class KLMargin(PoolMargin):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        require(self.gamma0 > 0, f"{self.name}.gamma0", self.gamma0, "a number > 0")
-        require(self.tau > 0, f"{self.name}.tau", self.tau, "a number > 0")
+        require_positive(self, "gamma0", "tau")
 
     def bind(self, loss: Loss) -> KLMargin:
         """Decide `center` by the loss where it was left open."""
+        super().bind(loss)
         return self if self.center is not None else dataclasses.replace(self, center=loss.centers_kl)
 
     def __call__(
@@ -101,6 +101,11 @@ class KL(KLMargin):
         super().__post_init__()
         require(self.history >= 0, "kl.history", self.history, "an integer >= 0")
 
+    @property
+    def pool_is_step(self) -> bool:  # type: ignore[override]
+        """Without a history."""
+        return self.history == 0
+
     def init(self) -> History:
         """An empty history."""
         return History(torch.empty(0, dtype=torch.float64))
@@ -141,6 +146,7 @@ class KLDual(KLMargin):
     name: ClassVar[str] = "kl_dual"
     formula: ClassVar[str] = "γ = γ0 q, log q = μ - (γ0/τ) σ(γ-h), μ a running price with mean q = 1"
     source: ClassVar[str] = "γ-PO, arXiv 2506.03690 (dual)"
+    pool_is_step: ClassVar[bool] = True
 
     window: int = 512
 
@@ -212,6 +218,11 @@ class KLAuthors(KLMargin):
         super().__post_init__()
         require(self.sample >= 0, "kl_authors.sample", self.sample, "an integer >= 0")
         require(self.memory >= self.sample, "kl_authors.memory", self.memory, "an integer >= kl_authors.sample")
+
+    @property
+    def pool_is_step(self) -> bool:  # type: ignore[override]
+        """Without a sample of the past."""
+        return self.sample == 0
 
     def init(self) -> Sampled:
         """An empty queue."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import ConfigError, require
-from gamma_po.losses.base import Loss
+from gamma_po.losses.base import Loss, require_margin_fits, require_positive
 from gamma_po.margins.base import BetaMargin, Pool, PoolMargin, as_target_margin
 from gamma_po.margins.maps import MapShape, Piecewise, location_and_scale
 from gamma_po.ranks import Ranks
@@ -62,7 +62,8 @@ class Map(BetaMargin, PoolMargin):
         """Check the options."""
         allowed = ("raw", "z", "robust_z", "quantile")
         require(self.standardize in allowed, "map.standardize", self.standardize, ", ".join(allowed))
-        require(self.budget is None or self.budget > 0, "map.budget", self.budget, "a number > 0, or null")
+        if self.budget is not None:
+            require_positive(self, "budget")
         require(self.units in ("reward", "logratio"), "map.units", self.units, "reward, logratio")
         unused = self.beta is not None and self.units == "reward"
         require(not unused, "map.beta", self.beta, "nothing with map.units=reward, which does not read it")
@@ -70,6 +71,7 @@ class Map(BetaMargin, PoolMargin):
 
     def bind(self, loss: Loss) -> BetaMargin:
         """Take β from the loss where it is needed and was left open."""
+        require_margin_fits(loss, self.name)
         return self if self.units == "reward" else super().bind(loss)
 
     def init(self) -> Fitted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import require
+from gamma_po.losses.base import require_not_negative
 from gamma_po.margins.base import BetaMargin, as_target_margin
 from gamma_po.ranks import Local, Ranks
 from gamma_po.state import Moments, float64, mean_and_std, no_moments, updated
 from gamma_po.types import Evidence, PairLogps
+
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # relative: what is left of equal log-probabilities
+MAX_EXPONENT = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,8 @@ class AlphaDPO(BetaMargin):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        require(self.alpha >= 0, "alpha_dpo.alpha", self.alpha, "a number >= 0")
+        require(math.isfinite(self.gamma0), "alpha_dpo.gamma0", self.gamma0, "a finite number")
+        require_not_negative(self, "alpha")
         require(0 <= self.decay < 1, "alpha_dpo.decay", self.decay, "0 <= decay < 1")
 
     def init(self) -> Moments:
@@ -68,6 +74,10 @@ class AMaPO(BetaMargin):
     d is the policy's per-token gap, mean and std those of the step's pairs of all ranks. The opposite hypothesis
     to γ-PO: push the pairs that lag behind.
 
+    No pair lags where all gaps are equal up to rounding: within 4 float32 roundings of the largest log-probability
+    per token. The exponent counts at most MAX_EXPONENT (20, γ = 5e8 β: any loss is saturated there), so that γ is
+    finite.
+
     Args:
         beta: see `BetaMargin`.
 
@@ -84,12 +94,14 @@ class AMaPO(BetaMargin):
     ) -> tuple[Tensor, Any]:
         """Compare each pair's gap with the mean of the step."""
         beta = self.decided_beta
-        gap = float64(_gap_per_token(evidence.policy))
-        everyone = (ranks or Local()).all_gather(gap)
-        mean, std = everyone.mean(), everyone.std(correction=0)
-        z = (mean - gap) / std.clamp_min(torch.finfo(torch.float64).tiny)
-        below = (gap < mean) & (std > 0)
-        return as_target_margin(torch.where(below, beta * torch.exp(z * mean), 0.0), reward_margin), state
+        chosen, rejected = float64(evidence.policy.mean_chosen), float64(evidence.policy.mean_rejected)
+        everyone = (ranks or Local()).all_gather(torch.stack([chosen, rejected], dim=1))
+        gap, gaps = chosen - rejected, everyone[:, 0] - everyone[:, 1]
+        mean, std = gaps.mean(), gaps.std(correction=0)
+        exponent = (mean - gap) / std.clamp_min(torch.finfo(torch.float64).tiny) * mean
+        below = (gap < mean) & (gaps.max() - gaps.min() > ROUNDING * everyone.abs().max())
+        target_margin = torch.where(below, beta * torch.exp(exponent.clamp_max(MAX_EXPONENT)), 0.0)
+        return as_target_margin(target_margin, reward_margin), state
 
 
 def _gap_per_token(logps: PairLogps) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gamma_po.module import PreferenceModule
 from tests.runs import fit, steps_of
 
 MARGINS = {
@@ -89,3 +90,19 @@ def test_label_noise_changes_training_and_not_validation(
     chosen = [steps_of(folder, "train/logps/chosen") for folder in (clean, noisy)]
     rejected = [steps_of(folder, "train/logps/rejected") for folder in (clean, noisy)]
     assert chosen[0] == rejected[1] and rejected[0] == chosen[1] and chosen[0] != chosen[1]
+
+
+def test_each_epoch_takes_the_pairs_in_another_order(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[int]] = {}
+    step = PreferenceModule.training_step
+
+    def recording(module: PreferenceModule, batch: object, batch_idx: int) -> object:
+        seen.setdefault(module.current_epoch, []).extend(batch.index.tolist())
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(PreferenceModule, "training_step", recording)
+    fit(tiny_model_path, tiny_data, tmp_path, ["--trainer.max_epochs", "3", "--model.loss", "SimPO"])
+    assert sorted(seen) == [0, 1, 2] and all(sorted(rows) == list(range(32)) for rows in seen.values())
+    assert len({tuple(rows) for rows in seen.values()}) == 3

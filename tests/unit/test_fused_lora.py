@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from gamma_po import fused_lora
+from gamma_po.errors import ConfigError
 from gamma_po.fused_lora import FusedLoraLinear, fuse_lora
 from gamma_po.policies import Lora, adapters_off, attach_lora
 from tests.tiny import tiny_model
@@ -93,6 +94,15 @@ def test_adapters_are_switched_off_merged_and_saved_as_before(tmp_path: Path) ->
         torch.testing.assert_close(again(ids).logits, tuned, rtol=1e-5, atol=1e-5)
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(ids).logits, tuned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # peft's own warning of the same
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_end_of_tied_weights_is_refused(target: str) -> None:
+    lora = Lora(r=4, target_modules=["q_proj", target])
+    with pytest.raises(ConfigError, match=r"shares its weights.*allowed: adapters on the layers between"):
+        attach_lora(tiny_model(), lora, seed=0)
+    attach_lora(tiny_model(tie_word_embeddings=False), lora, seed=0)
 
 
 def test_recomputing_activations_changes_nothing() -> None:

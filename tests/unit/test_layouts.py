@@ -210,3 +210,28 @@ def test_a_layout_that_an_architecture_or_backend_cannot_do_is_refused_with_the_
         nn.init.constant_(layer.self_attn.sinks, 3.0)
     with pytest.raises(ConfigError, match=r"gpt_oss .*allowed: padded"):
         check_layout("packed", with_sinks.eval(), "eager")
+
+
+def test_casting_the_scorer_leaves_the_frequencies_of_rotary_embeddings_exact() -> None:
+    scorer = CompletionScorer(model_of("llama"))
+    exact = scorer.model.model.rotary_emb.inv_freq.clone()
+    scorer = nn.ModuleList([scorer]).to(torch.bfloat16)[0]
+    assert scorer.model.lm_head.weight.dtype == torch.bfloat16
+    assert scorer.model.model.rotary_emb.inv_freq.equal(exact)
+
+
+def test_a_model_whose_logits_are_made_in_an_unknown_way_is_refused() -> None:
+    model = model_of("llama")
+    check_layout("padded", model, "sdpa")
+    model.lm_head.register_forward_hook(lambda layer, inputs, output: output)  # of its own: still the same numbers
+    check_layout("padded", model, "sdpa")
+    forward = model.forward
+
+    def doubled(**inputs: object) -> object:
+        output = forward(**inputs)
+        output.logits = 2 * output.logits
+        return output
+
+    model.forward = doubled
+    with pytest.raises(ConfigError, match=r"llama, as loaded, cannot be scored here.*nat per token away"):
+        check_layout("padded", model, "sdpa")

@@ -247,6 +247,8 @@ def test_log_odds_of_a_certain_token_are_those_of_machine_epsilon() -> None:
         ("discopop", "tau", 0.0, "0 < τ <= 1"),
         ("discopop", "tau", 1.5, "0 < τ <= 1"),
         ("rdpo", "alpha", -1.0, "a number >= 0"),
+        ("rdpo", "alpha", math.inf, "a number >= 0"),
+        ("cpo", "sft_weight", math.inf, "a number >= 0"),
         ("dpop", "penalty", -1.0, "a number >= 0"),
         ("cpo", "sft_weight", -1.0, "a number >= 0"),
         ("bco_pair", "shift", "running", "none, batch"),

@@ -184,6 +184,13 @@ def test_state_survives_plain_values_and_another_loss_state_does_not_pass() -> N
         state_from_plain(BetaDPO().init(), {})
 
 
+def test_two_terms_of_one_name_report_under_their_index() -> None:
+    losses = BetaDPO(loss=DPO(beta=0.2)), DPO(), BetaDPO(loss=DPO(beta=0.4))
+    total = WeightedSum(losses=losses, weights=(1.0, 1.0, 1.0))
+    report = {name: float(value) for name, value in total.report(total.init()).items()}
+    assert report == pytest.approx({"beta_dpo/0/beta": 0.2, "beta_dpo/2/beta": 0.4})
+
+
 def test_any_loss_of_h_alone_with_a_beta_may_be_given() -> None:
     evidence = random_evidence()
     for inner in (SimPO(beta=2.0), IPO(beta=0.5)):

@@ -88,6 +88,7 @@ def test_a_sum_has_the_rewards_of_its_first_loss() -> None:
         ((), (), r"weighted_sum.losses=\[\] is not allowed; allowed: at least one loss"),
         ((SFT(), DPO()), (1.0, 1.0), r"weighted_sum.losses=\['sft', 'dpo'\].*a first loss that compares"),
         ((DPO(), SFT()), (1.0,), r"weighted_sum.weights=\(1.0,\).*2 numbers > 0, one for each of \['dpo', 'sft'\]"),
+        ((DPO(), SFT()), (1.0, float("inf")), r"weighted_sum.weights=\(1.0, inf\).*all finite"),
         ((DPO(), SFT()), (1.0, 0.0), r"weighted_sum.weights=\(1.0, 0.0\).*2 numbers > 0"),
     ],
 )

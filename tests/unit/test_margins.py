@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from gamma_po.errors import ConfigError, DataError
-from gamma_po.losses import DPO, WPO, Loss, WithSFT, build_loss
+from gamma_po.losses import DPO, SFT, WPO, Loss, WithSFT, build_loss
 from gamma_po.margins import MARGINS, Fixed, Margin, NoMargin, build_margin
 from gamma_po.margins.base import strength
 from gamma_po.margins.maps import Linear, Piecewise, Power, Softplus
 from gamma_po.ranks import Gathered, Local, Ranks
 from gamma_po.state import state_to_plain
-from gamma_po.types import PairLogps
+from gamma_po.types import Evidence, PairLogps
 from tests import oracle
 from tests.contracts import MarginContract, random_evidence
 
@@ -56,11 +56,10 @@ class TestKLAuthors(MarginContract):
 
 class TestColumn(MarginContract):
     def margins(self) -> list[tuple[Margin, Any]]:
-        return []
-
-    def test_unknown_options_are_refused_by_name(self) -> None:
-        with pytest.raises(ConfigError, match=r"column does not use the option 'temperature'.*scale, transform"):
-            build_margin("column", temperature=1.0)
+        return [
+            fitted(build_margin("column", scale=0.5, transform="identity")),
+            fitted(build_margin("column", transform="log")),
+        ]
 
 
 class TestRunning(MarginContract):
@@ -194,12 +193,16 @@ def test_map_standardises_with_median_and_mad_of_the_training_split() -> None:
     assert got == pytest.approx([0.0, 2 / (1.4826 * 2), -5 / (1.4826 * 2)], abs=1e-12)
 
 
-def test_map_can_standardise_per_token_and_by_mean_and_sd() -> None:
-    # per token: (-20 + m) / 10 + 20 / 20 = m / 10 - 1; z-scoring removes the shift and the scale
-    margin = build_margin("map", shape=Linear(g0=0.0, k=1.0), standardize="z", length_norm=True)
-    got = map_margins(margin, [-1.0, 1.0], [1.0, 0.0])
-    spread = 2**0.5 if abs(got[0] - 1) > 0.1 else 1.0
-    assert got == pytest.approx([1 / spread, 0.0], abs=1e-12)
+def test_map_can_read_log_probabilities_per_token() -> None:
+    # ten chosen tokens with -20 + m nats, twenty rejected ones with -20
+    margin = build_margin("map", shape=Linear(g0=0.0, k=1.0), standardize="raw", length_norm=True)
+    got = map_margins(margin, [-1.0, 1.0], [1.0, 0.0, 30.0])
+    assert got == pytest.approx([-1.9 + 1.0, -2.0 + 1.0, 1.0 + 1.0], abs=1e-12)
+
+
+def test_map_can_standardise_by_mean_and_population_sd() -> None:
+    margin = build_margin("map", shape=Linear(g0=0.0, k=1.0), standardize="z")
+    assert map_margins(margin, [1.0, 5.0], [5.0, 3.0, 9.0]) == pytest.approx([1.0, 0.0, 3.0], abs=1e-12)
 
 
 def test_map_rescales_to_its_budget_over_the_training_split() -> None:
@@ -308,8 +311,20 @@ def test_ablations_need_what_their_inner_margin_needs(name: str) -> None:
 
 
 def test_reverse_refuses_a_constant_margin() -> None:
-    with pytest.raises(ConfigError, match=r"reverse.inner='fixed' is not allowed.*kl, kl_dual, kl_authors, map"):
+    with pytest.raises(ConfigError, match=r"reverse.inner='fixed' is not allowed.*kl with history > 0, kl_authors"):
         build_margin("reverse", inner=Fixed())
+
+
+@pytest.mark.parametrize("name", ["reverse", "shuffled"])
+@pytest.mark.parametrize(
+    ("inner", "options"), [("kl", {"history": 0}), ("kl_dual", {}), ("kl_authors", {"sample": 0, "memory": 9})]
+)
+def test_ablations_of_a_margin_whose_pool_is_the_step_are_refused(
+    name: str, inner: str, options: dict[str, Any]
+) -> None:
+    """With one pair per step there is no other pair, and the ablation would be the margin itself."""
+    with pytest.raises(ConfigError, match=rf"{name}.inner=.* pool is this step's pairs alone.*kl with history > 0"):
+        build_margin(name, inner=build_margin(inner, **options))
 
 
 def test_quantile_map_uses_mid_ranks_in_the_training_split() -> None:
@@ -325,11 +340,11 @@ def test_quantiles_are_float64() -> None:
 
 def test_shuffled_gives_the_same_margins_to_other_pairs_and_anew_each_step() -> None:
     h = torch.linspace(-2, 2, 12).tolist()
-    inner = build_margin("kl", gamma0=1.5, tau=0.4, center=False, history=0)
+    inner = build_margin("kl", gamma0=1.5, tau=0.4, center=False)
     margin = build_margin("shuffled", inner=inner)
     plain, _ = call(inner, h)
     first, state = call(margin, h)
-    second, _ = call(margin, h, state)
+    second, _ = call(margin, h, state._replace(inner=inner.init()))  # the same pool, one step later
     assert sorted(first) == pytest.approx(sorted(plain), abs=1e-14) and first != plain
     assert sorted(second) == pytest.approx(sorted(plain), abs=1e-14) and first != second
 
@@ -396,6 +411,23 @@ def test_the_authors_pool_is_the_batch_and_a_sample_of_the_past_that_repeats_wit
         assert len(pool.score) == 6 and pool.score[0] == 0.5 and set(pool.score[1:].tolist()) <= set(past)
         got.append(pool.score.tolist())
     assert got[0] == got[1] != got[2]
+
+
+def test_the_authors_sample_takes_other_places_of_a_full_queue_each_step() -> None:
+    past = torch.linspace(-3, 3, 40).tolist()
+    margin = build_margin("kl_authors", gamma0=4.0, tau=10.0, center=False, sample=5, memory=40)
+    _, state = call(margin, past)
+    places = []
+    for h in (10.0, 11.0):
+        queue = state.reward_margin.tolist()
+        assert len(queue) == 40
+        pool, state = margin.pool(torch.tensor([h], dtype=torch.float64), random_evidence(1), state, Local())
+        places.append([queue.index(score) for score in pool.score[1:].tolist()])
+    assert places[0] != places[1]
+
+
+def test_the_authors_queue_forgets_the_oldest() -> None:
+    past = torch.linspace(-3, 3, 40).tolist()
     _, state = call(build_margin("kl_authors", center=False, sample=2, memory=3), past)
     assert state.reward_margin.tolist() == past[-3:]
 
@@ -447,6 +479,32 @@ def test_amapo_gives_a_margin_only_below_the_mean() -> None:
     assert same.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(("gap", "count"), [(0.7, 6), (0.3, 31), (0.0, 3), (-0.1, 7), (2.9, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_amapo_gives_no_margin_where_only_rounding_sets_gaps_apart(gap: float, count: int, dtype: torch.dtype) -> None:
+    lengths = torch.arange(count) + 1
+    rejected = -2.0 * lengths
+    logps = PairLogps((rejected + gap * lengths).to(dtype), rejected.to(dtype), lengths, lengths)
+    h = torch.zeros(count, dtype=dtype)
+    assert build_margin("amapo", beta=2.0)(h, Evidence(logps), ())[0].tolist() == [0.0] * count
+
+
+def test_amapo_stays_finite_however_far_a_pair_lags() -> None:
+    # 99 gaps of 200 and one of 0: mean 198, (mean - d)/std = sqrt(99), exponent 1970 without its bound
+    evidence = evidence_with_gaps([200.0] * 99 + [0.0], [0.0] * 100)
+    got, _ = build_margin("amapo", beta=0.5)(torch.zeros(100, dtype=torch.float32), evidence, ())
+    assert got[:99].tolist() == [0.0] * 99
+    assert float(got[99]) == pytest.approx(0.5 * 485165195.41, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(MARGINS) - {"none"}))
+def test_no_margin_can_be_bound_to_a_loss_that_compares_nothing(name: str) -> None:
+    for loss in (SFT(), WithSFT(loss=SFT())):
+        with pytest.raises(ConfigError, match=rf"the margin '{name}' is not allowed with the loss '{loss.name}'"):
+            build_margin(name).bind(loss)
+        assert NoMargin().bind(loss) == NoMargin()
+
+
 @pytest.mark.parametrize("name", ["alpha_dpo", "amapo"])
 def test_beta_is_that_of_the_loss_unless_told(name: str) -> None:
     evidence, h = evidence_with_gaps([1.0, 3.0], [0.0, 0.5]), torch.zeros(2, dtype=torch.float64)
@@ -476,6 +534,12 @@ def test_beta_that_nothing_decides_is_refused(name: str) -> None:
         ("map", {"standardize": "minmax"}, r"map.standardize='minmax'.*raw, z, robust_z, quantile"),
         ("map", {"units": "nats"}, r"map.units='nats' is not allowed; allowed: reward, logratio"),
         ("map", {"beta": 0.1}, r"map.beta=0.1 is not allowed; allowed: nothing with map.units=reward"),
+        ("alpha_dpo", {"gamma0": float("nan")}, r"alpha_dpo.gamma0=nan.*finite"),
+        ("alpha_dpo", {"alpha": float("inf")}, r"alpha_dpo.alpha=inf.*finite"),
+        ("amapo", {"beta": float("inf")}, r"amapo.beta=inf.*finite"),
+        ("kl", {"gamma0": float("inf")}, r"kl.gamma0=inf.*finite"),
+        ("kl_dual", {"tau": float("inf")}, r"kl_dual.tau=inf.*finite"),
+        ("map", {"budget": float("inf")}, r"map.budget=inf.*finite"),
         ("map", {"beta": -0.1, "units": "logratio"}, r"map.beta=-0.1 .*> 0"),
     ],
 )
@@ -501,6 +565,11 @@ def test_margins_without_open_options_are_the_same_with_every_loss(name: str) ->
 def test_an_unknown_margin_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(ConfigError, match=r"unknown margin 'lk'; allowed: .*fixed, kl, .*none, reverse"):
         build_margin("lk")
+
+
+def test_every_margin_has_a_contract() -> None:
+    contracts = [contract() for contract in MarginContract.__subclasses__()]
+    assert {margin.name for contract in contracts for margin, _ in contract.margins()} == set(MARGINS)
 
 
 def test_every_margin_says_its_name_formula_and_source() -> None:
