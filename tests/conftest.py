@@ -7,6 +7,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For this process and all that it starts: tiny models gain nothing from more threads, and where other work wants the
+# same cores, threads that wait for each other make a test many times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

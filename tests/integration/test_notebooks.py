@@ -24,6 +24,6 @@ NEEDS_MODEL = [
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_notebook_runs(name: str) -> None:
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-    NotebookClient(notebook, timeout=400, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
     ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert ran and all(cell.execution_count for cell in ran)
