@@ -68,6 +68,7 @@ class _LoraProduct(torch.autograd.Function):
         scaling: float,
         dtype: torch.dtype,
     ) -> Tensor:
+        """Accumulate the low-rank product into the base layer's output, [T, out]."""
         rows = x.to(dtype)
         inner = rows @ A.to(dtype).T
         output = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -78,6 +79,7 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Accumulate the adapter's part into the gradient of the input; the base's weights get none."""
         rows, weight, A, B, inner = ctx.saved_tensors
         through_b = gradient @ B.to(gradient.dtype)
         for_x = None

@@ -104,6 +104,7 @@ class _FrozenHead(torch.autograd.Function):
         with_collision: bool,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities [N] and, if asked for, log collision probabilities [N]."""
         pieces, slopes = [], []
         for part, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
             piece, slope = _with_slope(F.linear(part, weight, bias), target, weight, logits, with_collision)

@@ -180,7 +180,7 @@ def _acquired(lock: FileLock) -> bool:
 
 
 def _read(file: Path) -> tuple[list[bytes], list[str], Tensor] | None:
-    """Read a shard: keys, names of the fields, [n, fields]; one that is not whole is removed and its pairs missed."""
+    """Read a shard: keys, names of the fields, [n, fields]; a damaged one is removed and its pairs missed."""
     try:
         tensors = load_file(file)
         raw = tensors.pop("pairs").numpy().tobytes()
@@ -191,7 +191,10 @@ def _read(file: Path) -> tuple[list[bytes], list[str], Tensor] | None:
             raise ValueError(f"{len(keys)} pairs, {len(values)} values")
     except FileNotFoundError:
         return None
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+    except OSError as error:  # no right to read it, too many files open: the shard may be whole, so it stays
+        log.warning("the reference cache %s cannot be read (%s): its pairs are computed anew", file, error)
+        return None
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         log.warning("the reference cache %s is damaged (%s) and is computed anew", file, error)
         with suppress(OSError):
             file.unlink(missing_ok=True)

@@ -491,3 +491,15 @@ def test_a_run_says_what_it_read_and_what_it_scored(
         said = "".join(capsys.readouterr().out.split())  # a terminal breaks lines anywhere
         for part in ("reference log-probabilities", expected, f"0.00 MiB in {folder}"):
             assert part.replace(" ", "") in said
+
+
+def test_a_shard_that_cannot_be_read_is_left_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = tmp_path / "whole.safetensors"
+    shard.write_bytes(b"whole")
+
+    def refused(file: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("gamma_po.data.shards.load_file", refused)
+    assert shards._read(shard) is None
+    assert shard.read_bytes() == b"whole"
