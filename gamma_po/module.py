@@ -239,13 +239,19 @@ class PreferenceModule(LightningModule):
         output, (self.loss_state, self.margin_state) = self.compute(batch, self.step_state)
         detached = output._replace(loss=output.loss.detach())
         self.last_output, self.last_batch = detached, batch
-        self.log("train/loss", detached.loss, prog_bar=True, batch_size=batch.num_pairs, sync_dist=True)
-        of_loss = {f"train/{name}": value for name, value in self.loss.report(self.loss_state).items()}
-        self.log_dict(training_log(detached) | of_loss, batch_size=batch.num_pairs, sync_dist=True)
+        self._log_step(detached, batch.num_pairs)
         scale = batch.weight.mean() * short_step_factor(
             batch_idx, self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         )
         return {"loss": output.loss * scale, "output": detached}
+
+    def _log_step(self, output: LossOutput, num_pairs: int) -> None:
+        """Log means over the ranks, of all values in one reduction: Lightning would make one, and a barrier, of each."""
+        of_loss = {f"train/{name}": value for name, value in self.loss.report(self.loss_state).items()}
+        values = training_log(output) | of_loss
+        means = self.ranks.mean(torch.stack([torch.as_tensor(v, device=self.device).float() for v in values.values()]))
+        for name, mean in zip(values, means, strict=True):
+            self.log(name, mean, prog_bar=name == "train/loss", batch_size=num_pairs)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Evaluate; the margin's state is read, never advanced."""

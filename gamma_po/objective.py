@@ -91,6 +91,7 @@ def training_log(output: LossOutput) -> dict[str, Tensor]:
     """What is logged of a training step, [] each."""
     rewards, policy = output.rewards, output.evidence.policy
     return {
+        "train/loss": output.loss,
         "train/rewards/chosen": rewards.chosen.mean(),
         "train/rewards/rejected": rewards.rejected.mean(),
         "train/rewards/margins": rewards.margin.mean(),

@@ -34,6 +34,10 @@ class Ranks(ABC):
         """Return `gather(values).values`."""
         return self.gather(values).values
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Average values of one shape over the ranks."""
+        return self.all_gather(values[None]).mean(0)
+
 
 class Local(Ranks):
     """One process alone.
@@ -65,6 +69,12 @@ class Distributed(Ranks):
         padded[: values.shape[0]] = values
         pieces = [rows[:count] for rows, count in zip(self._gather_equal(padded), counts, strict=True)]
         return Gathered(torch.cat(pieces).to(home), sum(counts[: self.rank]))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average in one reduction, without waiting for the device."""
+        total = self._reachable(values.detach().clone())
+        torch.distributed.all_reduce(total)
+        return (total / self.world_size).to(values.device)
 
     def _gather_equal(self, values: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(values) for _ in range(self.world_size)]

@@ -24,7 +24,7 @@ class _Seen(NamedTuple):
 
 
 class NonFiniteGuard(Callback):
-    """Raise before the optimizer steps if a pair or the gradient is not finite.
+    """Raise before the optimizer steps if a pair or the gradient is not finite; log the gradient's norm.
 
     Looks at each pair's loss, log-probabilities, reward margin and γ, and at the gradient's norm, with one
     wait for the device per optimizer step. The weights are then still those of the step before. On several
@@ -64,6 +64,8 @@ class NonFiniteGuard(Callback):
             raise FloatingPointError(_pairs_message(step, broken, pl_module))
         if not gradient_finite:
             raise FloatingPointError(_gradient_message(step, float(norm), pl_module))
+        if not scaled:
+            pl_module.log("train/grad_norm", norm)  # before clipping, the same on every rank
 
 
 def _quantities(output: LossOutput) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ def test_two_processes_see_the_pairs_losses_and_margins_of_one(both: tuple[Path,
 
 
 def test_the_logged_training_metrics_are_means_over_all_processes(both: tuple[Path, Path, Path, str]) -> None:
-    for column in ("train/loss", "train/rewards/margins", "train/gamma/mean"):
+    for column in ("train/loss", "train/rewards/margins", "train/grad_norm", "train/gamma/mean"):
         expected = steps_of(both[0], column)
         assert expected and steps_of(both[1], column) == pytest.approx(expected, abs=LOSS_TOLERANCE)
 

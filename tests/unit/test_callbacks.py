@@ -432,6 +432,14 @@ class TestNonFiniteGuard:
             else:
                 guard.on_before_optimizer_step(trainer, module, optimizer)
 
+    def test_the_norm_before_clipping_is_logged(self, tmp_path: Path) -> None:
+        norms: list[float] = []
+        module = Policy()
+        module.weights.register_hook(lambda gradient: norms.append(gradient.square().sum().sqrt().item()))
+        _, trainer = fit(tmp_path, [NonFiniteGuard()], module, max_steps=1, max_epochs=-1, gradient_clip_val=1e-3)
+        assert norms[0] > 1e-2
+        assert trainer.logged_metrics["train/grad_norm"].item() == pytest.approx(norms[0], rel=1e-6)
+
     def test_a_sound_run_is_not_changed(self, tmp_path: Path) -> None:
         guarded, _ = fit(tmp_path / "guarded", [NonFiniteGuard()], accumulate_grad_batches=2)
         free, _ = fit(tmp_path / "free", [], accumulate_grad_batches=2)
