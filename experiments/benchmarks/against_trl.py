@@ -70,7 +70,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention", default="sdpa", help="as model.policy.attention, both sides")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on a CPU")
     parser.add_argument(
-        "--at-once", type=int, default=2, help="of TRL's arms beside ours; all are in memory, ours starts anew for each"
+        "--at-once", type=int, default=1, help="of TRL's arms beside ours; all are in memory, ours starts anew for each"
     )
     parser.add_argument("--fused-optimizer", action="store_true", help="AdamW(fused=True) on both sides")
     parser.add_argument("--ours", default="", help="more options of our command line, as one string")
