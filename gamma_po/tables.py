@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+from collections.abc import Mapping
 
 from rich import box
 from rich.console import Console
@@ -10,19 +13,42 @@ from rich.table import Table
 from rich.text import Text
 
 from gamma_po.losses import LOSSES
-from gamma_po.margins import MARGINS
+from gamma_po.margins import MARGINS, KLPool, KLSolver
+from gamma_po.margins.maps import MapShape
 from gamma_po.presets import PRESETS
+
+PARTS = {  # of margins: title, what they are
+    "map shapes: γ as a function of z, the option `shape` of map": MapShape,
+    "solvers of the KL margin: the option `solver` of kl": KLSolver,
+    "pools of the KL margin: the option `pool` of kl": KLPool,
+}
+OPTION = re.compile(r" {4}(\w+(?:, \w+)*): (.*)")
 
 
 def registry_table(command: str) -> Table:
-    """Return the table of `losses` or `margins`: name, class, formula, options with defaults, source."""
-    registry = {"losses": LOSSES, "margins": MARGINS}[command]
+    """Return the table of `losses` or `margins`: name, class, formula, source."""
     title = f"{command} (γ, h in reward units; nats; ε, β, λ as in the papers)"
-    table = _empty_table(title, "name", "class in YAML", "formula", "options = default", "source")
-    for name, entry in registry.items():
-        options = ", ".join(f"{field.name} = {_default(field)}" for field in dataclasses.fields(entry))
-        table.add_row(*map(Text, (name, entry.__name__, entry.formula, options or "-", entry.source)))
+    table = _empty_table(title, "name", "class in YAML", "formula", "source")
+    for name, entry in _registry(command).items():
+        table.add_row(*map(Text, (name, entry.__name__, entry.formula, entry.source)))
     return table
+
+
+def option_table(command: str) -> Table:
+    """Return the options of `losses` or `margins`: whose, option, default, range with unit and meaning."""
+    return _options(f"options of {command}", _registry(command))
+
+
+def part_tables() -> list[Table]:
+    """Return the tables of what margins are made of: map shapes with their formulas, solvers and pools."""
+    tables = []
+    for title, base in PARTS.items():
+        parts = {part.__name__: part for part in base.__subclasses__()}
+        table = _empty_table(title, "class in YAML", "what it is")
+        for name, part in parts.items():
+            table.add_row(Text(name), Text(getattr(part, "formula", first_line(part))))
+        tables += [table, _options(f"options of {title.partition(':')[0]}", parts)]
+    return tables
 
 
 def preset_table() -> Table:
@@ -34,9 +60,55 @@ def preset_table() -> Table:
 
 
 def write_table(command: str) -> int:
-    """Write the table of `losses`, `margins` or `presets` to the terminal."""
-    Console().print(preset_table() if command == "presets" else registry_table(command))
+    """Write the tables of `losses`, `margins` or `presets` to the terminal."""
+    tables = [preset_table()] if command == "presets" else [registry_table(command), option_table(command)]
+    for table in tables + (part_tables() if command == "margins" else []):
+        Console().print(table)
     return 0
+
+
+def option_meanings(entry: type) -> dict[str, str]:
+    """Return what the options of a class mean, from the `Args` of its docstring and of those it inherits from.
+
+    >>> option_meanings(MARGINS["amapo"])
+    {'beta': 'β > 0, reward units per nat. If not given: that of the loss it is used with.'}
+    """
+    found: dict[str, str] = {}
+    for owner in entry.__mro__:
+        for names, text in _arguments(inspect.cleandoc(owner.__doc__ or "")):
+            if not text.startswith("see `"):
+                found = dict.fromkeys(names, text) | found
+    return {field.name: found[field.name] for field in dataclasses.fields(entry) if field.name in found}
+
+
+def first_line(entry: type) -> str:
+    """Return the first line of a class's docstring."""
+    return inspect.cleandoc(entry.__doc__ or "").splitlines()[0]
+
+
+def _arguments(document: str) -> list[tuple[list[str], str]]:
+    """Names and text of every entry under `Args:`."""
+    _, _, arguments = document.partition("\nArgs:\n")
+    entries: list[tuple[list[str], str]] = []
+    for line in arguments.partition("\n\n")[0].splitlines():
+        if found := OPTION.fullmatch(line):
+            entries.append((found[1].split(", "), found[2]))
+        elif entries:
+            entries[-1] = (entries[-1][0], f"{entries[-1][1]} {line.strip()}")
+    return entries
+
+
+def _registry(command: str) -> Mapping[str, type]:
+    return {"losses": LOSSES, "margins": MARGINS}[command]
+
+
+def _options(title: str, entries: Mapping[str, type]) -> Table:
+    table = _empty_table(title, "of", "option", "default", "range, unit and meaning")
+    for name, entry in entries.items():
+        meanings = option_meanings(entry)
+        for field in dataclasses.fields(entry):
+            table.add_row(*map(Text, (name, field.name, _default(field), meanings.get(field.name, ""))))
+    return table
 
 
 def _empty_table(title: str, *columns: str) -> Table:

@@ -33,6 +33,7 @@ class Loss(ABC):
     needs_reference: ClassVar[bool] = True
     centers_kl: ClassVar[bool] = True  # dpo-like: uniform γ should leave the base loss unchanged
     takes_margin: ClassVar[bool] = True  # False: no preference in the loss, so a margin is an error
+    beta_changes: ClassVar[bool] = False  # True: β is another at every step
     couples_pairs: ClassVar[bool] = False  # True: a pair's loss depends on the other pairs of the micro-batch
     matches_pairs: ClassVar[bool] = False  # True: it compares completions of different pairs
     needs_shared: ClassVar[bool] = False  # True: reads PairLogps.chosen_shared and rejected_shared

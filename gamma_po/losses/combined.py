@@ -65,7 +65,7 @@ class WeightedSum(Loss):
 
     Args:
         losses: at least one; if any takes a margin, the first must.
-        weights: w_k > 0, one for each loss.
+        weights: w_k > 0, one weight for each loss.
 
     Source:
         MPO, arXiv 2411.10442: preference, quality and generation loss.
@@ -83,6 +83,7 @@ class WeightedSum(Loss):
     needs_shared = of_any("needs_shared")
     needs_on_policy = of_any("needs_on_policy")
     reward_scale = of_first("reward_scale")
+    beta_changes = of_first("beta_changes")
 
     losses: tuple[Loss, ...] = field(default_factory=lambda: (DPO(), BCOPair(), SFT()))
     weights: tuple[float, ...] = (0.8, 0.2, 1.0)

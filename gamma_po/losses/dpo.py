@@ -54,7 +54,7 @@ class RobustDPO(LogRatioRewards, PairwiseLoss):
 
     Args:
         beta: reward units per nat, > 0.
-        label_smoothing: ε in [0, 0.5), the rate at which labels are flipped.
+        label_smoothing: ε in [0, 0.5), the share of labels that are flipped.
 
     Source:
         arXiv 2403.00409, the robust DPO loss.
@@ -152,7 +152,7 @@ class DPOP(LogRatioRewards, PairwiseLoss):
 
     Args:
         beta: reward units per nat, > 0.
-        penalty: λ >= 0.
+        penalty: λ >= 0, weight of the lost likelihood of chosen completions.
 
     Source:
         DPO-Positive (Smaug), arXiv 2402.13228, the DPOP loss.

@@ -57,9 +57,9 @@ class BetaDPO(Wrapper):
         loss: a loss of h alone; its β is β.
         alpha: α >= 0, per nat.
         keep: ρ in (0, 1], share of the pairs that are kept; at least one is.
-        decay: of the running mean and deviation, in [0, 1).
-        min_beta: β_t is at least this, > 0.
-        seed: of the draws, together with the step.
+        decay: share of the running mean and deviation that a step keeps, in [0, 1).
+        min_beta: β_t is at least this, > 0, reward units per nat.
+        seed: of the draws, an integer, together with the step.
 
     Source:
         β-DPO, arXiv 2407.08639, with the gap in nats as in its authors' code; here with bias-corrected running
@@ -69,6 +69,7 @@ class BetaDPO(Wrapper):
     name: ClassVar[str] = "beta_dpo"
     formula: ClassVar[str] = "loss with β_t = β (1 + α (mean kept gap - running mean)), ρ of the pairs kept, gap = h/β"
     source: ClassVar[str] = "β-DPO, arXiv 2407.08639"
+    beta_changes: ClassVar[bool] = True  # type: ignore[misc]
 
     loss: Loss = field(default_factory=DPO)
     alpha: float = 0.6

@@ -78,7 +78,7 @@ class EXOPair(LogRatioRewards, PairwiseLoss):
 
     Args:
         beta: reward units per nat, > 0.
-        label_smoothing: ε in (0, 0.5); at 0 the KL is infinite.
+        label_smoothing: ε in (0, 0.5), the share of labels assumed wrong; at 0 the KL is infinite.
 
     Source:
         EXO, arXiv 2402.00856, eq. 16.

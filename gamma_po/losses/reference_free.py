@@ -90,7 +90,7 @@ class ORPO(Loss):
     The odds are those of the geometric mean token probability; as a reward they have β = 1.
 
     Args:
-        odds_ratio_weight: λ > 0.
+        odds_ratio_weight: λ > 0, weight of the odds-ratio term.
 
     Source:
         arXiv 2403.07691, eqs. 4 and 7; the likelihood term here is per pair, see `SFT`.

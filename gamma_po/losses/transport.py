@@ -24,7 +24,7 @@ class TransportLoss(LogRatioRewards):
 
     Args:
         beta: reward units per nat, > 0.
-        label_smoothing: ε in [0, 0.5).
+        label_smoothing: ε in [0, 0.5), the share of labels assumed wrong.
     """
 
     source: ClassVar[str] = "AOT, arXiv 2406.05882"

@@ -36,6 +36,7 @@ class Wrapper(Loss):
     needs_shared = of_inner("needs_shared")
     needs_on_policy = of_inner("needs_on_policy")
     reward_scale = of_inner("reward_scale")
+    beta_changes = of_inner("beta_changes")
 
     def init(self) -> Any:
         """The inner loss's state."""
@@ -81,7 +82,7 @@ class FDPO(OtherEvidence):
     Args:
         loss: a loss of h alone with a reference; its β is β.
         divergence: reverse_kl is the loss itself; forward_kl; js_divergence; alpha_divergence.
-        alpha: α in (0, 1), with alpha_divergence only: near 0 it is the reverse, near 1 the forward KL.
+        alpha: a number α in (0, 1), with alpha_divergence only: near 0 it is the reverse, near 1 the forward KL.
 
     Source:
         f-DPO, arXiv 2309.16240.
@@ -124,7 +125,7 @@ class LDDPO(OtherEvidence):
 
     Args:
         loss: a loss on log-ratios; its rewards are those of the weighted log-probabilities.
-        alpha: α in [0, 1]; 1 is the loss itself, 0 ignores the rest.
+        alpha: α in [0, 1], weight of the tokens beyond the shared length; 1 is the loss itself, 0 ignores the rest.
 
     Source:
         LD-DPO, arXiv 2409.06411.
@@ -195,7 +196,7 @@ class WithSFT(Wrapper):
 
     Args:
         loss: the preference loss; its rewards are the rewards.
-        sft_weight: λ > 0.
+        sft_weight: λ > 0, weight of the likelihood term.
 
     Source:
         RPO, arXiv 2404.19733, its loss with DPO.

@@ -10,7 +10,8 @@ from typing import Any
 
 from gamma_po.errors import unknown_name
 from gamma_po.margins.ablations import Reverse, Shuffled
-from gamma_po.margins.base import Margin, PoolMargin
+from gamma_po.margins.allocation import Dual, Exact, KLPool, KLSolver, MirrorDescent, RecentPool, SampledPool
+from gamma_po.margins.base import GammaBetaRatio, Margin, PoolMargin
 from gamma_po.margins.column import Column
 from gamma_po.margins.constant import Fixed, NoMargin
 from gamma_po.margins.kl import KL, KLAuthors, KLDual
@@ -42,6 +43,8 @@ def build_margin(name: str, **options: Any) -> Margin:
 
     >>> build_margin("fixed", gamma=0.5)
     Fixed(gamma=0.5)
+    >>> build_margin("kl", tau=0.3, center=False, solver=Dual(window=128)).solver
+    Dual(window=128)
     """
     if name not in MARGINS:
         raise unknown_name("margin", name, MARGINS)
@@ -54,14 +57,22 @@ __all__ = [
     "AMaPO",
     "AlphaDPO",
     "Column",
+    "Dual",
+    "Exact",
     "Fixed",
+    "GammaBetaRatio",
     "KLAuthors",
     "KLDual",
+    "KLPool",
+    "KLSolver",
     "Map",
     "Margin",
+    "MirrorDescent",
     "NoMargin",
     "PoolMargin",
+    "RecentPool",
     "Reverse",
+    "SampledPool",
     "Shuffled",
     "build_margin",
     "mirror_descent_margins",

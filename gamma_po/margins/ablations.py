@@ -9,11 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gamma_po.errors import ConfigError
+from gamma_po.errors import require
 from gamma_po.losses.base import Loss
-from gamma_po.margins.base import Margin, PoolMargin, as_target_margin
+from gamma_po.margins.base import Margin, Pool, PoolMargin, as_target_margin
 from gamma_po.margins.kl import KL
 from gamma_po.ranks import Local, Ranks
+from gamma_po.state import float64
 from gamma_po.types import Evidence, PairLogps
 
 
@@ -61,31 +62,48 @@ def _given_by_rank(score: Tensor, by_rank: Tensor) -> Tensor:
     return torch.empty_like(by_rank).scatter(0, score.argsort(dim=0, stable=True), by_rank)
 
 
-ALLOWED = "kl with history > 0, kl_authors with sample > 0, map"
+class RecentMargins(NamedTuple):
+    """The inner margin's state, and the most recent γ's of all ranks, oldest first."""
+
+    inner: Any
+    target_margin: Tensor  # [at most `history`], float64
+
+
+HISTORY = 256
 
 
 class PoolWrapper(Margin):
-    """A margin that gives the inner margin's γ's to other pairs of the same pool.
+    """A margin that gives the inner margin's γ's to other pairs of the same pool, never of the micro-batch alone.
 
-    The pool is that of the inner margin: history and step for KL, the training split for a map, never the
-    micro-batch: an inner margin whose pool is the step alone (kl_dual, kl with history=0, kl_authors with sample=0) is
-    refused, as one pair per step would keep its own γ.
+    The pool is the inner margin's own where that has one beyond the step: step and history for KL, the training
+    split for a map. For the others (column, alpha_dpo, amapo, kl_dual, kl without a history) it is the γ's of
+    this step, of all ranks, and the most recent `history` ones, ranked by γ itself: with one pair in a step there
+    is still something to exchange. Over the pool the mean of γ is the inner margin's; over training it is too, as
+    far as the pool is like the data. Margins that are the same for every pair (none, fixed) stay as they are.
     """
 
     inner: Margin
+    history: int | None
 
     def __post_init__(self) -> None:
-        """Check the inner margin."""
-        if not isinstance(self.inner, PoolMargin):
-            raise ConfigError(
-                f"{self.name}.inner={self.inner.name!r} is not allowed: it allocates nothing over a pool of pairs, so "
-                f"there is nothing to give to others; allowed: {ALLOWED}"
-            )
-        if self.inner.pool_is_step:
-            raise ConfigError(
-                f"{self.name}.inner={self.inner!r} is not allowed: its pool is this step's pairs alone, so that with "
-                f"one pair per step {self.name} would change nothing; allowed: {ALLOWED}"
-            )
+        """Check the options."""
+        require(
+            not isinstance(self.inner, PoolWrapper),
+            f"{self.name}.inner",
+            self.inner.name,
+            "a margin that gives each pair its own γ: any but reverse and shuffled",
+        )
+        if self.history is not None:
+            require(self.history >= 1, f"{self.name}.history", self.history, "an integer >= 1")
+            why = "the same γ for every pair" if self.inner.is_constant else "a pool of its own"
+            allowed = f"nothing with {self.inner.name!r}, which has {why}"
+            require(self._remembers, f"{self.name}.history", self.history, allowed)
+
+    @property
+    def _remembers(self) -> bool:
+        """Whether the pool is this margin's own."""
+        has_pool = isinstance(self.inner, PoolMargin) and not self.inner.pool_is_step
+        return not has_pool and not self.inner.is_constant
 
     @property
     def needs_reference(self) -> bool:  # type: ignore[override]
@@ -97,21 +115,58 @@ class PoolWrapper(Margin):
         """As the inner margin."""
         return self.inner.needs_fit
 
+    @property
+    def reads_column(self) -> bool:  # type: ignore[override]
+        """As the inner margin."""
+        return self.inner.reads_column
+
+    @property
+    def is_constant(self) -> bool:  # type: ignore[override]
+        """As the inner margin."""
+        return self.inner.is_constant
+
     def bind(self, loss: Loss) -> PoolWrapper:
         """Bind the inner margin."""
         super().bind(loss)
         return dataclasses.replace(self, inner=self.inner.bind(loss))  # type: ignore[type-var]
 
+    def init(self) -> Any:
+        """The inner margin's state, and no γ seen."""
+        return self._with_history(self.inner.init())
+
+    def fit(self, reference: PairLogps) -> Any:
+        """Fit the inner margin."""
+        return self._with_history(self.inner.fit(reference))
+
+    def _with_history(self, inner: Any) -> Any:
+        return RecentMargins(inner, torch.empty(0, dtype=torch.float64)) if self._remembers else inner
+
+    def _allocate(self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks) -> tuple[Pool, Any]:
+        """The inner margin's pool; or the γ's of this step and before, each its own score."""
+        if not self._remembers:
+            assert isinstance(self.inner, PoolMargin)
+            return self.inner.allocate(reward_margin, evidence, state, ranks)
+        target_margin, inner = self.inner(reward_margin, evidence, state.inner, ranks)
+        gathered = ranks.gather(float64(target_margin))
+        past = state.target_margin.to(gathered.values.device)
+        pool = torch.cat([past, gathered.values])
+        start = len(past) + gathered.start
+        position = torch.arange(start, start + len(target_margin), device=pool.device)
+        kept = HISTORY if self.history is None else self.history
+        return Pool(pool, pool, position), RecentMargins(inner, pool[max(0, len(pool) - kept) :])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reverse(PoolWrapper):
-    """The inner margin's γ in reverse rank order over its pool (KL) or the training split (map).
+    """The inner margin's γ in reverse rank order over its pool: see `PoolWrapper` for which that is.
 
-    Pairs with equal scores (reward margin or reference margin) share the average of the γ's that their ranks
+    Pairs with equal scores (reward margin, reference margin or γ) share the average of the γ's that their ranks
     receive, so that the mean of γ over the pool is the inner margin's, and without ties also its multiset.
 
     Args:
-        inner: the margin to reverse.
+        inner: the margin to reverse; any but reverse and shuffled.
+        history: number of recent γ's of all ranks that join this step's, >= 1; only where the inner margin has no
+            pool of its own, and 256 there if not given.
 
     Source:
         the `reverse` ablation of γ-PO, arXiv 2506.03690.
@@ -122,27 +177,21 @@ class Reverse(PoolWrapper):
     source: ClassVar[str] = "ablation in arXiv 2506.03690"
 
     inner: Margin = field(default_factory=KL)
-
-    def init(self) -> Any:
-        """The inner margin's state."""
-        return self.inner.init()
-
-    def fit(self, reference: PairLogps) -> Any:
-        """Fit the inner margin."""
-        return self.inner.fit(reference)
+    history: int | None = None
 
     def __call__(
         self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
     ) -> tuple[Tensor, Any]:
         """Reverse within the pool, then take this rank's pairs."""
-        assert isinstance(self.inner, PoolMargin)
-        pool, state = self.inner.pool(reward_margin, evidence, state, ranks or Local())
+        if self.is_constant:
+            return self.inner(reward_margin, evidence, state, ranks)
+        pool, state = self._allocate(reward_margin, evidence, state, ranks or Local())
         target_margin = reversed_ranks(pool.score, pool.target_margin)
         return as_target_margin(target_margin[pool.position], reward_margin), state
 
 
 class ShuffledState(NamedTuple):
-    """The inner margin's state and the number of steps taken."""
+    """The inner margin's state (or `RecentMargins`) and the number of steps taken."""
 
     inner: Any
     steps: Tensor  # [], int64
@@ -152,14 +201,15 @@ class ShuffledState(NamedTuple):
 class Shuffled(PoolWrapper):
     """The inner margin's γ's given to random pairs of its pool: same multiset, no information.
 
-    Pairs with equal scores share the average of what they receive, as in `Reverse`.
+    Pairs with equal scores share the average of what they receive, as in `Reverse`, which names the pools.
 
-    A map's pool is the training split, whose permutation stays the same for the whole run; a KL margin's pool
-    is permuted anew each step.
+    A map's pool is the training split, whose permutation stays the same for the whole run; the other pools are
+    permuted anew each step.
 
     Args:
-        inner: the margin to shuffle.
-        seed: of the permutations.
+        inner: the margin to shuffle; any but reverse and shuffled.
+        seed: of the permutations, an integer, together with the step.
+        history: number of recent γ's of all ranks that join this step's, >= 1; where and how as in `Reverse`.
 
     Source:
         control for the ablations of γ-PO, arXiv 2506.03690; this project's own.
@@ -171,21 +221,20 @@ class Shuffled(PoolWrapper):
 
     inner: Margin = field(default_factory=KL)
     seed: int = 0
+    history: int | None = None
 
-    def init(self) -> ShuffledState:
-        """No step taken."""
-        return ShuffledState(self.inner.init(), torch.zeros((), dtype=torch.int64))
-
-    def fit(self, reference: PairLogps) -> ShuffledState:
-        """Fit the inner margin."""
-        return self.init()._replace(inner=self.inner.fit(reference))
+    def _with_history(self, inner: Any) -> Any:
+        """No step taken; nothing to remember where every pair has the same γ."""
+        state = super()._with_history(inner)
+        return state if self.is_constant else ShuffledState(state, torch.zeros((), dtype=torch.int64))
 
     def __call__(
         self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
-    ) -> tuple[Tensor, ShuffledState]:
+    ) -> tuple[Tensor, Any]:
         """Permute by rank within the pool, so that the order of the pairs does not matter."""
-        assert isinstance(self.inner, PoolMargin)
-        pool, inner = self.inner.pool(reward_margin, evidence, state.inner, ranks or Local())
+        if self.is_constant:
+            return self.inner(reward_margin, evidence, state, ranks)
+        pool, inner = self._allocate(reward_margin, evidence, state.inner, ranks or Local())
         step = 0 if self.inner.needs_fit else int(state.steps)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         permutation = torch.randperm(len(pool.score), generator=generator).to(pool.score.device)

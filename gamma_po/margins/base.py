@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from gamma_po.errors import ConfigError
+from gamma_po.errors import ConfigError, require
 from gamma_po.losses.base import Loss, require_margin_fits, require_positive
 from gamma_po.ranks import Ranks
 from gamma_po.state import NoState
@@ -36,6 +37,7 @@ class Margin(ABC):
     needs_reference: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
     reads_column: ClassVar[bool] = False
+    is_constant: ClassVar[bool] = False  # True: the same γ for every pair
 
     def bind(self, loss: Loss) -> Margin:
         """Return this margin with options left open decided for `loss`.
@@ -72,13 +74,77 @@ class Margin(ABC):
 
 
 class PoolMargin(Margin):
-    """A margin that is allocated over a pool of pairs, so that it can be reversed or shuffled there."""
+    """A margin that is allocated over a pool of pairs, in which it can be reversed or shuffled."""
 
     pool_is_step: ClassVar[bool] = False  # True: nothing but this step's pairs, of which there may be only one
 
     @abstractmethod
-    def pool(self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks) -> tuple[Pool, Any]:
+    def allocate(self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks) -> tuple[Pool, Any]:
         """Return the pool and the next state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GammaBetaRatio:
+    """A margin divided by β, as SimPO's papers state it; may stand where a margin takes γ0 or γ in reward units.
+
+    Multiplied by the loss's β when the margin is bound to the loss: γ0 = β · gamma_beta_ratio.
+
+    Args:
+        gamma_beta_ratio: γ/β, nats (per token, where rewards are).
+    """
+
+    gamma_beta_ratio: float
+
+    def __post_init__(self) -> None:
+        """Check that it is a number."""
+        require(math.isfinite(self.gamma_beta_ratio), "gamma_beta_ratio", self.gamma_beta_ratio, "a finite number")
+
+
+def in_reward_units(margin: Margin, option: str, loss: Loss) -> float:
+    """Return an option in reward units, multiplied by the loss's β where it is given as a ratio to it.
+
+    Raises:
+        ConfigError: a ratio, and the loss has no β or one that changes from step to step.
+    """
+    value = getattr(margin, option)
+    if not isinstance(value, GammaBetaRatio):
+        return value
+    if loss.reward_scale is None or loss.beta_changes:
+        problem = "has no beta" if loss.reward_scale is None else "has another beta at every step"
+        raise ConfigError(
+            f"{margin.name}.{option}={value!r} is not allowed with the loss {loss.name!r}, which {problem}; allowed: a "
+            "number, in reward units"
+        )
+    return value.gamma_beta_ratio * loss.reward_scale
+
+
+def reward_units_of(margin: Margin, option: str) -> float:
+    """Return an option in reward units, given so or bound.
+
+    Raises:
+        ConfigError: it is a ratio to a β that nothing has decided.
+    """
+    value = getattr(margin, option)
+    if isinstance(value, GammaBetaRatio):
+        raise ConfigError(
+            f"{margin.name}.{option}={value!r} is undecided: bind the margin to a loss, whose beta multiplies it; "
+            "or give a number, in reward units"
+        )
+    return value
+
+
+def known_reference(margin: Margin, evidence: Evidence) -> PairLogps:
+    """Return the reference's log-probabilities.
+
+    Raises:
+        ConfigError: they are not there.
+    """
+    if evidence.reference is None:
+        raise ConfigError(
+            f"the margin {margin.name!r} needs the reference's log-probabilities, but Evidence.reference=None; "
+            "allowed: PairLogps of the same pairs"
+        )
+    return evidence.reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +185,9 @@ def as_target_margin(target_margin: Tensor, reward_margin: Tensor) -> Tensor:
 
 
 def strength(margin: Any) -> float | None:
-    """Return γ0/τ of a KL margin, also of one that another margin reverses or shuffles; None for other margins."""
+    """Return γ0/τ of a KL margin, also of one that another margin reverses or shuffles; None for other
+    margins, and where γ0 is still a ratio to a loss's β."""
     margin = getattr(margin, "inner", margin)
-    if hasattr(margin, "gamma0") and hasattr(margin, "tau"):
-        return margin.gamma0 / margin.tau
-    return None
+    if not (hasattr(margin, "gamma0") and hasattr(margin, "tau")):
+        return None
+    return None if isinstance(margin.gamma0, GammaBetaRatio) else margin.gamma0 / margin.tau

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from gamma_po.errors import ConfigError, require
 from gamma_po.losses.base import Loss, require_margin_fits, require_positive
-from gamma_po.margins.base import BetaMargin, Pool, PoolMargin, as_target_margin
-from gamma_po.margins.maps import MapShape, Piecewise, location_and_scale
+from gamma_po.margins.base import BetaMargin, Pool, PoolMargin, as_target_margin, known_reference
+from gamma_po.margins.maps import MapShape, Piecewise, Quantile, location_and_scale
 from gamma_po.ranks import Ranks
 from gamma_po.state import float64
 from gamma_po.types import Evidence, PairLogps
@@ -36,11 +37,14 @@ class Map(BetaMargin, PoolMargin):
     Args:
         shape: the map g; see `gamma_po.margins.maps`.
         standardize: what g sees: m as it is, its z-score, its robust z-score (median, 1.4826 MAD), or its quantile
-            in the training split, in [0, 1] with mid-ranks for ties (with Power: gmax F(m)^p).
+            in the training split, in [0, 1] with mid-ranks for ties (`Quantile` needs it: gmax F(m)^p).
         length_norm: use log-probabilities per token in m.
         budget: rescale γ so that its mean over the training split is this, in `units`; None for no rescaling.
         units: of what g gives. "reward": γ is g. "logratio": γ is β g, that is, g is taken from the log-ratios.
-        beta: β > 0 of `units: logratio`. If not given: that of the loss it is used with.
+        strength: a number that multiplies γ, after the budget. Negative: the map reads -m, for a reference that
+            orders pairs wrongly more often than not, and γ is multiplied by |strength|. 0: no margin. `study
+            calibrate` chooses it.
+        beta: β > 0 of `units: logratio`, reward units per nat. If not given: that of the loss it is used with.
 
     Source:
         the published review of γ-PO (arXiv 2506.03690): a mapping function of the reference's margin.
@@ -57,14 +61,18 @@ class Map(BetaMargin, PoolMargin):
     length_norm: bool = False
     budget: float | None = None
     units: Literal["reward", "logratio"] = "reward"
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the options."""
         allowed = ("raw", "z", "robust_z", "quantile")
         require(self.standardize in allowed, "map.standardize", self.standardize, ", ".join(allowed))
+        fits = self.standardize == "quantile" or not isinstance(self.shape, Quantile)
+        require(fits, "map.standardize", self.standardize, f"quantile with map.shape={self.shape!r}")
         if self.budget is not None:
             require_positive(self, "budget")
         require(self.units in ("reward", "logratio"), "map.units", self.units, "reward, logratio")
+        require(math.isfinite(self.strength), "map.strength", self.strength, "a finite number")
         unused = self.beta is not None and self.units == "reward"
         require(not unused, "map.beta", self.beta, "nothing with map.units=reward, which does not read it")
         super().__post_init__()
@@ -94,11 +102,11 @@ class Map(BetaMargin, PoolMargin):
             raise ConfigError(f"map.budget={self.budget} cannot be met: the map gives γ with mean {float(mean)}")
         return fitted._replace(multiplier=self.budget / mean)
 
-    def pool(self, reward_margin: Tensor, evidence: Evidence, state: Fitted, ranks: Ranks) -> tuple[Pool, Fitted]:
+    def allocate(self, reward_margin: Tensor, evidence: Evidence, state: Fitted, ranks: Ranks) -> tuple[Pool, Fitted]:
         """The training split; a pair stands where its reference margin ranks there, ties at one place."""
         self._check_fitted(state)
-        assert evidence.reference is not None
-        position = torch.searchsorted(state.score, self._score(evidence.reference)).clamp(max=len(state.score) - 1)
+        score = self._score(known_reference(self, evidence))
+        position = torch.searchsorted(state.score, score).clamp(max=len(state.score) - 1)
         return Pool(state.score, self._unit * self._apply(state.score, state), position), state
 
     def __call__(
@@ -106,19 +114,19 @@ class Map(BetaMargin, PoolMargin):
     ) -> tuple[Tensor, Fitted]:
         """The map of each pair's reference margin."""
         self._check_fitted(state)
-        assert evidence.reference is not None, "the map margin reads the reference's log-probabilities"
-        target_margin = self._unit * self._apply(self._score(evidence.reference), state)
+        target_margin = self._unit * self._apply(self._score(known_reference(self, evidence)), state)
         return as_target_margin(target_margin, reward_margin), state
 
     @property
     def _unit(self) -> float:
         """Reward units per unit of g."""
-        return 1.0 if self.units == "reward" else self.decided_beta
+        return abs(self.strength) * (1.0 if self.units == "reward" else self.decided_beta)
 
     def _score(self, reference: PairLogps) -> Tensor:
+        chosen, rejected = reference.chosen, reference.rejected
         if self.length_norm:
-            return float64(reference.mean_chosen) - float64(reference.mean_rejected)
-        return float64(reference.chosen) - float64(reference.rejected)
+            chosen, rejected = reference.mean_chosen, reference.mean_rejected
+        return math.copysign(1.0, self.strength) * (float64(chosen) - float64(rejected))
 
     def _apply(self, score: Tensor, state: Fitted) -> Tensor:
         if self.standardize == "quantile":

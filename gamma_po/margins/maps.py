@@ -10,7 +10,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ MAD_TO_STD = 1.4826  # the MAD of a normal distribution is its standard deviatio
 @dataclass(frozen=True, kw_only=True)
 class MapShape(ABC):
     """A non-decreasing map z -> γ, elementwise, γ in reward units."""
+
+    formula: ClassVar[str]
 
     def __post_init__(self) -> None:
         """Check that every parameter is finite; shapes add their own ranges."""
@@ -44,11 +46,13 @@ class Linear(MapShape):
 
     Args:
         g0: γ at z = 0, reward units.
-        k: slope, >= 0.
+        k: slope, >= 0, reward units per unit of z.
 
     >>> Linear(g0=1.0, k=0.5)(torch.tensor([-4.0, 0.0, 2.0]))
     tensor([-1.,  1.,  2.])
     """
+
+    formula: ClassVar[str] = "γ = g0 + k z"
 
     g0: float = 0.5
     k: float = 0.25
@@ -69,12 +73,14 @@ class ClippedLinear(MapShape):
 
     Args:
         gmax: largest γ, >= 0, reward units.
-        low: z up to which γ is 0.
-        high: z from which γ is gmax, > low.
+        low: z up to which γ is 0, in units of z.
+        high: z from which γ is gmax, > low, in units of z.
 
     >>> ClippedLinear(gmax=2.0, low=0.0, high=4.0)(torch.tensor([-1.0, 1.0, 9.0]))
     tensor([0.0000, 0.5000, 2.0000])
     """
+
+    formula: ClassVar[str] = "γ = gmax · clip((z - low) / (high - low), 0, 1)"
 
     gmax: float = 1.0
     low: float = 0.0
@@ -96,14 +102,16 @@ class Piecewise(MapShape):
     """γ = k1 relu(z - t0) + (k2 - k1) relu(z - t1): nothing, then gentle, then steep.
 
     Args:
-        k1: slope between t0 and t1, >= 0.
-        k2: slope above t1, >= k1.
-        t0: z up to which γ is 0.
-        t1: z from which the slope is k2, >= t0.
+        k1: slope between t0 and t1, >= 0, reward units per unit of z.
+        k2: slope above t1, >= k1, reward units per unit of z.
+        t0: z up to which γ is 0, in units of z.
+        t1: z from which the slope is k2, >= t0, in units of z.
 
     >>> Piecewise(k1=0.1, k2=0.5, t0=0.0, t1=1.0)(torch.tensor([-1.0, 0.5, 3.0]))
     tensor([0.0000, 0.0500, 1.1000])
     """
+
+    formula: ClassVar[str] = "γ = k1 relu(z - t0) + (k2 - k1) relu(z - t1)"
 
     k1: float = 0.1
     k2: float = 0.5
@@ -127,13 +135,15 @@ class Softplus(MapShape):
     """γ = (k/σ) log(1 + exp(σ (z - t))): the smooth form of two slopes, 0 and k.
 
     Args:
-        k: slope far above the threshold, >= 0.
-        sharpness: σ, > 0; the bend is about 1/σ wide.
-        threshold: t.
+        k: slope far above the threshold, >= 0, reward units per unit of z.
+        sharpness: σ, > 0, per unit of z; the bend is about 1/σ wide.
+        threshold: t, the middle of the bend, in units of z.
 
     >>> Softplus(k=2.0, sharpness=1.0, threshold=0.0)(torch.tensor([0.0, 50.0]))
     tensor([  1.3863, 100.0000])
     """
+
+    formula: ClassVar[str] = "γ = (k/σ) log(1 + exp(σ (z - t))), σ = sharpness, t = threshold"
 
     k: float = 0.5
     sharpness: float = 4.0
@@ -157,12 +167,14 @@ class Sigmoid(MapShape):
 
     Args:
         gmax: largest γ, >= 0, reward units.
-        threshold: t, where γ is gmax / 2.
-        temperature: T, > 0; width of the rise.
+        threshold: t, where γ is gmax / 2, in units of z.
+        temperature: T, > 0, width of the rise in units of z.
 
     >>> Sigmoid(gmax=2.0, threshold=1.0, temperature=0.5)(torch.tensor([-9.0, 1.0, 9.0]))
     tensor([4.1223e-09, 1.0000e+00, 2.0000e+00])
     """
+
+    formula: ClassVar[str] = "γ = gmax · s((z - t) / T), s = logistic, t = threshold, T = temperature"
 
     gmax: float = 1.0
     threshold: float = 1.0
@@ -185,12 +197,14 @@ class Power(MapShape):
 
     Args:
         k: γ one unit above the threshold, >= 0, reward units.
-        threshold: t, up to which γ is 0.
-        p: exponent, > 1.
+        threshold: t, up to which γ is 0, in units of z.
+        p: exponent, a number > 1.
 
     >>> Power(k=0.5, threshold=1.0, p=2.0)(torch.tensor([0.0, 2.0, 4.0]))
     tensor([0.0000, 0.5000, 4.5000])
     """
+
+    formula: ClassVar[str] = "γ = k · relu(z - t)^p, t = threshold"
 
     k: float = 0.2
     threshold: float = 0.0
@@ -212,13 +226,15 @@ class Exp(MapShape):
     """γ = k (exp(min(relu(z - t), cap)) - 1).
 
     Args:
-        k: slope just above the threshold, >= 0.
-        threshold: t, up to which γ is 0.
-        cap: distance above the threshold from which γ stays constant, > 0.
+        k: slope just above the threshold, >= 0, reward units per unit of z.
+        threshold: t, up to which γ is 0, in units of z.
+        cap: distance above the threshold from which γ stays constant, > 0, in units of z.
 
     >>> Exp(k=1.0, threshold=0.0, cap=1.0)(torch.tensor([-1.0, 0.5, 9.0]))
     tensor([0.0000, 0.6487, 1.7183])
     """
+
+    formula: ClassVar[str] = "γ = k · expm1(min(relu(z - t), cap)), t = threshold"
 
     k: float = 0.15
     threshold: float = 0.0
@@ -233,6 +249,34 @@ class Exp(MapShape):
     def __call__(self, z: Tensor) -> Tensor:
         """Return k (exp(min(relu(z - t), cap)) - 1)."""
         return self.k * torch.expm1((z - self.threshold).clamp(0, self.cap))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantile(MapShape):
+    """γ = gmax F^p, F in [0, 1] the quantile of the reference margin; needs `standardize: quantile`.
+
+    Args:
+        gmax: γ of the most confident pair, >= 0, reward units.
+        p: exponent, a number > 0: above 1 gentle then steep, 1 proportional to the rank, below 1 steep then gentle.
+
+    >>> Quantile(gmax=2.0, p=0.5)(torch.tensor([0.0, 0.25, 1.0]))
+    tensor([0., 1., 2.])
+    """
+
+    formula: ClassVar[str] = "γ = gmax · F^p, F = quantile of the pair's reference margin in the training split"
+
+    gmax: float = 1.0
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._require(self.gmax >= 0, "gmax", "a number >= 0")
+        self._require(self.p > 0, "p", "a number > 0")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return gmax clip(z, 0, 1)^p."""
+        return self.gmax * z.clamp(0, 1) ** self.p
 
 
 def median(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,8 +11,15 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import require
-from gamma_po.losses.base import require_not_negative
-from gamma_po.margins.base import BetaMargin, as_target_margin
+from gamma_po.losses.base import Loss, require_not_negative
+from gamma_po.margins.base import (
+    BetaMargin,
+    GammaBetaRatio,
+    as_target_margin,
+    in_reward_units,
+    known_reference,
+    reward_units_of,
+)
 from gamma_po.ranks import Local, Ranks
 from gamma_po.state import Moments, float64, mean_and_std, no_moments, updated
 from gamma_po.types import Evidence, PairLogps
@@ -24,11 +32,14 @@ MAX_EXPONENT = 20.0
 class AlphaDPO(BetaMargin):
     """γ = γ0 + β α z, z the z-score of the policy's per-token gap minus the reference's.
 
+    z is 0 where only rounding sets gaps apart: a deviation of at most 4 float32 roundings of the step's largest
+    log-probability per token.
+
     Args:
-        gamma0: γ0, reward units.
-        alpha: α >= 0.
+        gamma0: γ0, mean margin, reward units; or `GammaBetaRatio`, γ0 divided by the loss's β.
+        alpha: α >= 0, nats: β α is the margin of one deviation.
         beta: see `BetaMargin`.
-        decay: of the running mean and variance, in [0, 1).
+        decay: share of the running mean and variance that a step keeps, in [0, 1).
 
     Source:
         α-DPO, arXiv 2410.10148; here with bias-corrected running statistics over all ranks.
@@ -39,16 +50,23 @@ class AlphaDPO(BetaMargin):
     source: ClassVar[str] = "α-DPO, arXiv 2410.10148"
     needs_reference: ClassVar[bool] = True
 
-    gamma0: float = 1.0
+    gamma0: float | GammaBetaRatio = 1.0
     alpha: float = 0.1
     decay: float = 0.9
 
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        require(math.isfinite(self.gamma0), "alpha_dpo.gamma0", self.gamma0, "a finite number")
+        fits = isinstance(self.gamma0, GammaBetaRatio) or math.isfinite(self.gamma0)
+        require(fits, "alpha_dpo.gamma0", self.gamma0, "a finite number")
         require_not_negative(self, "alpha")
         require(0 <= self.decay < 1, "alpha_dpo.decay", self.decay, "0 <= decay < 1")
+
+    def bind(self, loss: Loss) -> BetaMargin:
+        """Take β from the loss where it was left open, and γ0 where it is given as a ratio to the loss's β."""
+        gamma0 = in_reward_units(self, "gamma0", loss)
+        bound = super().bind(loss)
+        return bound if gamma0 == self.gamma0 else dataclasses.replace(bound, gamma0=gamma0)  # type: ignore[call-arg]
 
     def init(self) -> Moments:
         """Nothing seen."""
@@ -58,13 +76,15 @@ class AlphaDPO(BetaMargin):
         self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
     ) -> tuple[Tensor, Moments]:
         """Standardise with statistics that include this step's pairs of all ranks."""
-        assert evidence.reference is not None, "α-DPO reads the reference's log-probabilities"
-        beta = self.decided_beta
-        gap = float64(_gap_per_token(evidence.policy) - _gap_per_token(evidence.reference))
-        state = updated(state, (ranks or Local()).all_gather(gap), self.decay)
+        reference, beta, gamma0 = known_reference(self, evidence), self.decided_beta, reward_units_of(self, "gamma0")
+        own = torch.stack([_means(evidence.policy), _means(reference)], dim=1)  # [P, 2 models, 2 completions]
+        everyone = (ranks or Local()).all_gather(own)
+        gap, gaps = _gap(own), _gap(everyone)
+        state = updated(state, gaps, self.decay)
         mean, std = mean_and_std(state)
-        z = torch.where(std > 0, (gap - mean) / std.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-        return as_target_margin(self.gamma0 + beta * self.alpha * z, reward_margin), state
+        z = (gap - mean) / std.clamp_min(torch.finfo(torch.float64).tiny)
+        z = torch.where(std > ROUNDING * everyone.abs().max(), z, 0.0)
+        return as_target_margin(gamma0 + beta * self.alpha * z, reward_margin), state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +114,9 @@ class AMaPO(BetaMargin):
     ) -> tuple[Tensor, Any]:
         """Compare each pair's gap with the mean of the step."""
         beta = self.decided_beta
-        chosen, rejected = float64(evidence.policy.mean_chosen), float64(evidence.policy.mean_rejected)
-        everyone = (ranks or Local()).all_gather(torch.stack([chosen, rejected], dim=1))
-        gap, gaps = chosen - rejected, everyone[:, 0] - everyone[:, 1]
+        own = _means(evidence.policy)
+        everyone = (ranks or Local()).all_gather(own)
+        gap, gaps = own[:, 0] - own[:, 1], everyone[:, 0] - everyone[:, 1]
         mean, std = gaps.mean(), gaps.std(correction=0)
         exponent = (mean - gap) / std.clamp_min(torch.finfo(torch.float64).tiny) * mean
         below = (gap < mean) & (gaps.max() - gaps.min() > ROUNDING * everyone.abs().max())
@@ -104,5 +124,11 @@ class AMaPO(BetaMargin):
         return as_target_margin(target_margin, reward_margin), state
 
 
-def _gap_per_token(logps: PairLogps) -> Tensor:
-    return logps.mean_chosen - logps.mean_rejected
+def _means(logps: PairLogps) -> Tensor:
+    """Log-probabilities per token of chosen and rejected, [P, 2], float64."""
+    return torch.stack([float64(logps.mean_chosen), float64(logps.mean_rejected)], dim=1)
+
+
+def _gap(means: Tensor) -> Tensor:
+    """The policy's chosen minus rejected, minus the reference's, [P]."""
+    return (means[:, 0, 0] - means[:, 0, 1]) - (means[:, 1, 0] - means[:, 1, 1])

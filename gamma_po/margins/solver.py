@@ -8,6 +8,9 @@ with one scalar multiplier μ = c s(ν) for the whole pool. For a given ν each 
 γ_i = γ0 and γ_i = h_i + ν; the mean of the roots increases with ν. For c <= 2 a joint Newton iteration on
 (x, μ) normally needs five vectorised steps; otherwise nested bracketed Newton finds ν and the same joint
 steps polish. Every result passes one check of the optimality conditions before it is returned.
+
+All of this is done on the CPU: pools are small and the iterations decide at every step, so that an accelerator is
+waited for once, when its reward margins are fetched.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ JOINT_STEPS = 6
 POLISH_STEPS = 3
 BRACKETED_STEPS = 100  # bound on the steps of each of the two nested iterations
 STEP_TOLERANCE = 1e-9  # a Newton step this short is taken and is the last: its error is the square of this
-POOL_TOLERANCE = 1e-6  # where the search for ν stops, in units of γ0: within reach of the joint iteration
+SEARCH_TOLERANCE = 1e-6  # the same while ν is searched for, where the joint iteration follows
+POOL_TOLERANCE = 1e-5  # where the search for ν stops, in units of γ0: within reach of the joint iteration
 RESIDUAL_TOLERANCE = 1e-11  # reward units, beside what rounding alone can leave
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -36,7 +40,7 @@ def solve_kl_margins(reward_margin: Tensor, *, gamma0: float, tau: float) -> Ten
     """Return the exact KL target margins of a pool of pairs.
 
     γ = γ0 q, where q minimises mean_i [softplus(γ0 q_i - h_i) + τ q_i log q_i] over q >= 0 with mean q = 1.
-    Solved in float64 on the pool's device; where γ0/τ <= 2 the device is normally waited for once.
+    Solved in float64 on the CPU: a device that holds the pool is waited for once.
 
     Args:
         reward_margin: h, [N], N >= 1, finite, reward units; or [N, ...], many pools of N pairs side by side, each
@@ -59,7 +63,7 @@ def solve_kl_margins(reward_margin: Tensor, *, gamma0: float, tau: float) -> Ten
     """
     c = _strength(gamma0, tau)
     _require_pool(reward_margin)
-    h = float64(reward_margin)
+    h = _fetched(reward_margin)
     finite = torch.isfinite(h).all()
     joint = solved = None
     if c <= JOINT_NEWTON_LIMIT:
@@ -93,7 +97,7 @@ def priced_kl_margins(reward_margin: Tensor, mu: Tensor, *, gamma0: float, tau: 
         tau: τ, > 0.
 
     Returns:
-        γ and dγ/dμ, [N] each, float64.
+        γ and dγ/dμ, [N] each, float64, on the pool's device, which is waited for once or twice.
 
     Raises:
         ArithmeticError: the iteration did not converge.
@@ -102,7 +106,7 @@ def priced_kl_margins(reward_margin: Tensor, mu: Tensor, *, gamma0: float, tau: 
     tensor([1.6487], dtype=torch.float64)
     """
     c = _strength(gamma0, tau)
-    h = float64(reward_margin)
+    h, mu = _fetched(reward_margin), _fetched(mu)
     x = torch.zeros_like(h)
     lo, hi, last = x + (mu - c), x + mu, torch.full_like(h, 2 * c)
     for _ in range(BRACKETED_STEPS):
@@ -115,7 +119,8 @@ def priced_kl_margins(reward_margin: Tensor, mu: Tensor, *, gamma0: float, tau: 
     else:
         raise ArithmeticError(f"γ at the price μ = {float(mu):.6g} was not found in {BRACKETED_STEPS} steps")
     margin = gamma0 * x.exp()
-    return margin, margin / _stationarity(x, mu, h, gamma0, c)[1]
+    slope = margin / _stationarity(x, mu, h, gamma0, c)[1]
+    return margin.to(reward_margin.device), slope.to(reward_margin.device)
 
 
 @torch.no_grad()
@@ -196,7 +201,7 @@ def mirror_descent_margins(reward_margin: Tensor, *, gamma0: float, tau: float, 
     tensor([0.7266, 0.8439, 1.4296])
     """
     require(steps >= 1, "steps", steps, "an integer >= 1")
-    h = float64(reward_margin)
+    h = _fetched(reward_margin)
     exact = solve_kl_margins(h, gamma0=gamma0, tau=tau)
     _warn_if_unreliable(exact, h, gamma0, tau, steps)
     rate = min(0.5 / tau, 1.0)
@@ -227,14 +232,15 @@ def _nested_newton(h: Tensor, gamma0: float, c: float) -> tuple[Tensor, Tensor]:
         x = _invert_stationarity(x, nu, h, gamma0, c)
         mu = c * torch.sigmoid(nu)
         _, slope = _stationarity(x, mu, h, gamma0, c)
-        reach = x.exp() / slope * (c * torch.sigmoid(nu) * torch.sigmoid(-nu))  # dq_i/dν
-        excess = x.exp().mean(0) - 1
+        rate = mu * torch.sigmoid(-nu) / slope  # dx_i/dν
+        reach, excess = x.exp() * rate, x.exp().mean(0) - 1  # dq_i/dν
         newton = excess / reach.mean(0)
         done = (newton.abs() * reach.amax(0) <= POOL_TOLERANCE) | (hi - lo <= EPSILON * (1 + nu.abs()))
         if done.all():
             break
         step, lo, hi, last = _bracketed_step(nu, excess, newton, lo, hi, last, done)
-        nu = torch.where(done, nu, step)  # pools that are done wait for the others
+        step = torch.where(done, nu, step)  # pools that are done wait for the others
+        x, nu = x + rate * (step - nu), step
     return x, mu
 
 
@@ -244,7 +250,7 @@ def _invert_stationarity(x: Tensor, nu: Tensor, h: Tensor, gamma0: float, c: flo
     level = torch.log((h + nu).clamp_min(0) / gamma0).clamp(mu - c, mu)  # γ lies between γ0 and h + ν
     lo, hi = level.clamp_max(0), level.clamp_min(0)
     x, last = torch.clamp(x, lo, hi), 2 * (hi - lo)
-    tolerance = max(STEP_TOLERANCE, 16 * EPSILON * c)
+    tolerance = max(SEARCH_TOLERANCE, 16 * EPSILON * c)
     for _ in range(BRACKETED_STEPS):
         residual, slope = _stationarity(x, mu, h, gamma0, c)
         newton = residual / slope
@@ -330,6 +336,11 @@ def _require_solved(margin: Tensor, h: Tensor, gamma0: float, tau: float) -> Non
         )
 
 
+def _fetched(values: Tensor) -> Tensor:
+    """The values on the CPU, in float64: the one wait for their device."""
+    return values.detach().cpu().double()
+
+
 def _describe_non_finite(h: Tensor) -> str:
     first = (~torch.isfinite(h)).nonzero()[0]
     return f"reward margin {h[tuple(first)].item()} of pair {int(first[0])} in a pool of {h.shape[0]} is not finite"
@@ -338,4 +349,4 @@ def _describe_non_finite(h: Tensor) -> str:
 def _result(margin: Tensor, reward_margin: Tensor) -> Tensor:
     """γ on the pool's device: float64 for float64 reward margins, else float32."""
     dtype = torch.float64 if reward_margin.dtype == torch.float64 else torch.float32
-    return margin.to(dtype).to(reward_margin.device)
+    return margin.to(dtype).to(reward_margin.device, non_blocking=True)

@@ -31,8 +31,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gamma_po.losses import LOSSES, Loss, build_loss
+from gamma_po.losses import LOSSES, BetaDPO, Loss, build_loss
 from gamma_po.margins import KL, MARGINS, Margin, build_margin
+from gamma_po.objective import StepState, train
 from gamma_po.ranks import Distributed, Local, Ranks
 from gamma_po.state import state_to_plain
 from gamma_po.types import Evidence
@@ -103,6 +104,26 @@ def run_step(loss: Loss, margin: Margin, size: int, *, processes: int = 1, state
     return whole_step(shares)
 
 
+def steps_of(loss: Loss, margin: Margin, size: int, *, processes: int = 1) -> Step:
+    """One optimizer step of a loss that remembers: every micro-batch is a training step of loss and margin."""
+
+    def share(ranks: Ranks) -> Step:
+        evidence, chosen, _ = with_gradient(global_batch())
+        state, rows, outputs = StepState(loss.init(), margin.init()), [], []
+        for micro_batch in torch.arange(PAIRS).split(size):
+            rows.append(micro_batch.chunk(ranks.world_size)[ranks.rank])
+            output, state = train(loss, margin, part_of(evidence, rows[-1]), state, ranks)
+            outputs.append(output)
+        mean = torch.stack([output.loss for output in outputs]).mean()
+        (gradient,) = torch.autograd.grad(mean, chosen)
+        losses, margins = (torch.cat([output[k] for output in outputs]) for k in (1, 3))
+        return Step(torch.cat(rows), losses, margins, gradient, state)
+
+    shares = [share(Local())] if processes == 1 else on_two_ranks(share)
+    assert_same_state(*(part.state for part in (shares[0], shares[-1])))
+    return whole_step(shares)
+
+
 def assert_same_step(ours: Step, theirs: Step) -> None:
     """Equal up to the order of summation."""
     assert ours.losses.mean().item() == pytest.approx(theirs.losses.mean().item(), rel=ROUNDING)
@@ -140,11 +161,11 @@ class Cut(NamedTuple):
 def cut_batch(loss: Loss, margin: KL, size: int, state: Any) -> Cut:
     """Solve the pool of the whole batch and, in turn, those of the micro-batches."""
     h = loss.rewards(global_batch()).margin
-    everything, _ = margin.pool(h, global_batch(), state, Local())
+    everything, _ = margin.allocate(h, global_batch(), state, Local())
     whole, past = everything.target_margin, everything.score[:-PAIRS].numel()
     parts = []
     for rows in torch.arange(PAIRS).split(size):
-        pool, state = margin.pool(h[rows], part_of(global_batch(), rows), state, Local())
+        pool, state = margin.allocate(h[rows], part_of(global_batch(), rows), state, Local())
         end = past + int(rows[-1]) + 1
         members = slice(end - len(pool.score), end)
         assert torch.equal(pool.score, everything.score[members])
@@ -206,6 +227,41 @@ def test_every_margin_is_the_same_on_one_and_on_two_processes(name: str, cut: st
     two = run_step(loss, margin, CUTS[cut], processes=2)
     assert_same_step(two, one)
     torch.testing.assert_close(state_to_plain(two.state), state_to_plain(one.state), rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", ["reverse", "shuffled"])
+@pytest.mark.parametrize("inner", [name for name in MARGINS if name not in ("reverse", "shuffled")])
+def test_ablations_of_every_margin_are_the_same_on_one_and_on_two_processes(inner: str, name: str, cut: str) -> None:
+    loss = build_loss("dpo")
+    margin = build_margin(name, inner=build_margin(inner, **({"tau": 2.0} if inner == "kl_authors" else {}))).bind(loss)
+    one, two = (run_step(loss, margin, CUTS[cut], processes=processes) for processes in (1, 2))
+    assert_same_step(two, one)
+    torch.testing.assert_close(state_to_plain(two.state), state_to_plain(one.state), rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("keep", [1.0, 0.6])
+def test_beta_dpo_steps_alike_on_one_and_on_two_processes(cut: str, keep: float) -> None:
+    loss, margin = BetaDPO(alpha=0.05, keep=keep), build_margin("kl", tau=0.5, center=True)
+    one, two = (steps_of(loss, margin, CUTS[cut], processes=processes) for processes in (1, 2))
+    assert_same_step(two, one)
+    torch.testing.assert_close(state_to_plain(two.state), state_to_plain(one.state), rtol=ROUNDING, atol=ROUNDING)
+    betas = one.state.loss
+    assert int(betas.steps) == PAIRS // CUTS[cut] and int((one.losses > 0).sum()) == round(keep * CUTS[cut]) * int(
+        betas.steps
+    )
+
+
+def test_beta_dpo_depends_on_the_cut_and_without_its_two_rules_is_the_loss_inside() -> None:
+    margin, plain = (
+        build_margin("fixed", gamma=0.7),
+        run_step(build_loss("dpo"), build_margin("fixed", gamma=0.7), PAIRS),
+    )
+    means = [steps_of(BetaDPO(alpha=0.05, keep=0.6), margin, size).losses.mean().item() for size in CUTS.values()]
+    assert min(abs(means[1] - means[0]), abs(means[2] - means[1])) > 1e-4
+    for size in CUTS.values():
+        assert_same_step(steps_of(BetaDPO(alpha=0.0, keep=1.0), margin, size), plain)
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from typing import ClassVar
 
 import mpmath
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.margins import solver
@@ -154,18 +154,45 @@ def test_a_converged_entry_is_not_bisected_though_its_step_leaves_the_bracket():
     assert searching.item() == 51.0
 
 
-def test_the_joint_iteration_waits_for_the_device_once():
-    class Waits(TorchDispatchMode):
-        count = 0
+class OnDevice(torch.Tensor):
+    """A tensor as on an accelerator: it may be described and fetched; whatever else is done with it is noted."""
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += function is torch.ops.aten._local_scalar_dense.default
-            return function(*args, **(kwargs or {}))
+    fetched: ClassVar[int] = 0
+    others: ClassVar[list[str]] = []
 
-    h = torch.from_numpy(pools(256)["typical"])
-    with Waits() as waits:
-        solve_kl_margins(h, gamma0=1.0, tau=1.0)
-    assert waits.count == 1
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.cpu:
+            cls.fetched += 1
+            return result.as_subclass(torch.Tensor)
+        if function is torch.Tensor.detach:
+            return result.as_subclass(cls)
+        if function.__name__ not in ("__get__", "numel", "is_floating_point"):
+            cls.others.append(function.__name__)
+        return result
+
+
+@pytest.mark.parametrize("ratio", [1e-4, 0.25, 1.0, 2.0, 2.5, 10.0, 30.0, 100.0])
+@pytest.mark.parametrize("gamma0", [0.05, 0.375, 4.0, 20.0, 80.0])
+def test_a_device_is_waited_for_once_whatever_the_pool_and_the_strength(gamma0, ratio):
+    """All decisions of the iterations are taken on the CPU, once the reward margins are there."""
+    for h in pools(256).values():
+        OnDevice.fetched, OnDevice.others = 0, []
+        here = torch.from_numpy(h)
+        there = solve_kl_margins(here.as_subclass(OnDevice), gamma0=gamma0, tau=gamma0 / ratio)
+        assert (OnDevice.fetched, OnDevice.others) == (1, [])
+        assert torch.equal(there, solve_kl_margins(here, gamma0=gamma0, tau=gamma0 / ratio))
+
+
+def test_mirror_descent_and_the_running_price_wait_for_a_device_once_for_each_thing_given():
+    h = torch.from_numpy(pools(64)["typical"]).as_subclass(OnDevice)
+    OnDevice.fetched, OnDevice.others = 0, []
+    mirror_descent_margins(h, gamma0=1.0, tau=1.0)
+    assert (OnDevice.fetched, OnDevice.others) == (1, [])
+    solver.priced_kl_margins(h, torch.tensor(0.5).double().as_subclass(OnDevice), gamma0=1.0, tau=1.0)
+    assert (OnDevice.fetched, OnDevice.others) == (3, [])
 
 
 def test_a_failed_joint_iteration_is_replaced_by_the_nested_one(monkeypatch):
@@ -266,3 +293,12 @@ def test_a_price_whose_margins_were_not_found_raises_instead_of_returning_them(m
     monkeypatch.setattr(solver, "BRACKETED_STEPS", 1)
     with pytest.raises(ArithmeticError, match=r"γ at the price μ = 2 was not found in 1 steps"):
         solver.priced_kl_margins(torch.tensor([0.3, -4.0]), torch.tensor(2.0).double(), gamma0=4.0, tau=1.0)
+
+
+def test_the_value_of_equal_rewards_is_the_loss_at_gamma0_and_of_two_pairs_the_smallest_of_all_divisions():
+    assert kl_value(torch.full((5,), 0.3), gamma0=2.0, tau=0.7).item() == pytest.approx(np.log1p(np.exp(1.7)), abs=1e-7)
+    h, q = np.array([-1.0, 2.5])[:, None], np.linspace(1e-6, 2 - 1e-6, 2_000_001)
+    shares = np.stack([q, 2 - q])
+    cost = (np.logaddexp(0, 1.5 * shares - h) + 0.4 * shares * np.log(shares)).mean(0)
+    best = kl_value(torch.tensor([-1.0, 2.5], dtype=torch.float64), gamma0=1.5, tau=0.4).item()
+    assert best == pytest.approx(cost.min(), abs=1e-11) and best <= cost.min()

@@ -284,3 +284,11 @@ def test_every_loss_passes_the_contract() -> None:
         if isinstance(value, type) and hasattr(value, "undoes") and hasattr(value, "name")
     }
     assert tested == set(LOSSES)
+
+
+def test_rewards_without_the_reference_they_are_measured_from_are_refused() -> None:
+    evidence = random_evidence()._replace(reference=None)
+    with pytest.raises(ConfigError, match=r"rewards need the reference's log-probabilities, but Evidence.ref"):
+        build_loss("dpo").rewards(evidence)
+    with pytest.raises(ConfigError, match=r"the loss 'ld_dpo' needs the reference's log-probabilities, which are not"):
+        build_loss("ld_dpo").rewards(evidence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 
@@ -16,6 +17,7 @@ from gamma_po.margins.maps import (
     MapShape,
     Piecewise,
     Power,
+    Quantile,
     Sigmoid,
     Softplus,
     location_and_scale,
@@ -23,8 +25,9 @@ from gamma_po.margins.maps import (
     robust_scale,
 )
 
-SHAPES = [Linear, ClippedLinear, Piecewise, Softplus, Sigmoid, Power, Exp]
-FROM_ZERO = [shape for shape in SHAPES if shape is not Linear]
+SHAPES = [Linear, ClippedLinear, Piecewise, Softplus, Sigmoid, Power, Exp, Quantile]
+OPTIONS = {shape: [field.name for field in dataclasses.fields(shape)] for shape in SHAPES}
+FROM_ZERO = [shape for shape in SHAPES if shape not in (Linear, Quantile)]
 
 BY_HAND = [
     (Linear(g0=1.0, k=0.5), {-4.0: -1.0, 0.0: 1.0, 3.0: 2.5}),
@@ -36,6 +39,9 @@ BY_HAND = [
     (Sigmoid(gmax=2.0, threshold=1.0, temperature=0.5), {1.0: 1.0, 1 + math.log(3) / 2: 1.5, 1 - math.log(3) / 2: 0.5}),
     (Power(k=0.5, threshold=-1.0, p=3.0), {-2.0: 0.0, -1.0: 0.0, 0.0: 0.5, 1.0: 4.0}),
     (Power(k=1.0, threshold=0.0, p=1.5), {4.0: 8.0}),
+    (Quantile(gmax=3.0, p=2.0), {0.0: 0.0, 0.5: 0.75, 1.0: 3.0}),
+    (Quantile(gmax=2.0, p=0.5), {0.0: 0.0, 0.0625: 0.5, 0.25: 1.0, 1.0: 2.0}),
+    (Quantile(gmax=2.0, p=1.0), {0.125: 0.25, 1.0: 2.0}),
     (Exp(k=2.0, threshold=0.5, cap=math.log(5)), {0.0: 0.0, 0.5: 0.0, 0.5 + math.log(2): 2.0, 40.0: 8.0}),
 ]
 
@@ -86,7 +92,9 @@ WRONG = [
     (Power, "p", 1.0, "> 1"),
     (Exp, "k", -1.0, ">= 0"),
     (Exp, "cap", 0.0, "> 0"),
-    *[(shape, field, math.nan, "finite") for shape in SHAPES for field in shape.__dataclass_fields__],
+    (Quantile, "gmax", -1.0, ">= 0"),
+    (Quantile, "p", 0.0, "> 0"),
+    *[(shape, field, math.nan, "finite") for shape in SHAPES for field in OPTIONS[shape]],
 ]
 
 

@@ -10,9 +10,19 @@ import torch
 
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.losses import DPO, SFT, WPO, Loss, WithSFT, build_loss
-from gamma_po.margins import MARGINS, Fixed, Margin, NoMargin, build_margin
+from gamma_po.margins import (
+    MARGINS,
+    Dual,
+    Fixed,
+    Margin,
+    MirrorDescent,
+    NoMargin,
+    RecentPool,
+    SampledPool,
+    build_margin,
+)
 from gamma_po.margins.base import strength
-from gamma_po.margins.maps import Linear, Piecewise, Power, Softplus
+from gamma_po.margins.maps import Linear, Piecewise, Power, Quantile, Softplus
 from gamma_po.ranks import Gathered, Local, Ranks
 from gamma_po.state import state_to_plain
 from gamma_po.types import Evidence, PairLogps
@@ -20,6 +30,14 @@ from tests import oracle
 from tests.contracts import MarginContract, random_evidence
 
 SOLVER_TOLERANCE = 1e-9
+WITHOUT_POOL = [
+    build_margin("column"),
+    build_margin("alpha_dpo", beta=2.0),
+    build_margin("amapo", beta=1.0),
+    build_margin("kl", tau=0.5, center=True, history=0),
+    build_margin("kl_dual", tau=0.5, center=True),
+    build_margin("kl_authors", tau=2.0, center=True, sample=0),
+]
 
 
 def fitted(margin: Margin, seed: int = 3) -> tuple[Margin, Any]:
@@ -54,6 +72,14 @@ class TestKLAuthors(MarginContract):
         return [fitted(margin), (margin, state)]
 
 
+class TestKLParts(MarginContract):
+    def margins(self) -> list[tuple[Margin, Any]]:
+        sampled = build_margin("kl", gamma0=2.0, tau=0.5, center=False, pool=SampledPool(sample=2, memory=5))
+        descended = build_margin("kl", tau=2.0, center=True, solver=MirrorDescent(steps=5), pool=RecentPool(history=3))
+        priced = build_margin("kl", tau=0.5, center=True, solver=Dual(window=9))
+        return [(margin, call(margin, [0.5, -1.0, 2.0, 0.1])[1]) for margin in (sampled, descended, priced)]
+
+
 class TestColumn(MarginContract):
     def margins(self) -> list[tuple[Margin, Any]]:
         return [
@@ -72,6 +98,7 @@ class TestShuffled(MarginContract):
         return [
             fitted(build_margin("shuffled", inner=build_margin("kl", tau=0.5, center=True))),
             fitted(build_margin("shuffled", inner=build_margin("map"), seed=3)),
+            *remembering("shuffled"),
         ]
 
 
@@ -89,7 +116,28 @@ class TestReverse(MarginContract):
         return [
             fitted(build_margin("reverse", inner=build_margin("kl", tau=0.5, center=True))),
             fitted(build_margin("reverse", inner=build_margin("map"))),
+            *remembering("reverse"),
         ]
+
+
+def remembering(name: str) -> list[tuple[Margin, Any]]:
+    """An ablation of every margin that has no pool of its own, some steps into a training; and of the constant ones."""
+    found = [fitted(build_margin(name, inner=inner)) for inner in (NoMargin(), Fixed(gamma=0.7))]
+    for inner in WITHOUT_POOL:
+        margin = build_margin(name, inner=inner, history=5)
+        state = margin.init()
+        for seed in range(3):
+            _, state = margin(
+                torch.randn(4, generator=torch.Generator().manual_seed(seed)), with_column(4, seed), state
+            )
+        found.append((margin, state))
+    return found
+
+
+def with_column(count: int, seed: int) -> Evidence:
+    """Any pairs with a number each from the data."""
+    column = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 100)) + 0.5
+    return random_evidence(count, seed=seed)._replace(column=column)
 
 
 def call(margin: Margin, h: list[float], state: Any = None) -> tuple[list[float], Any]:
@@ -310,21 +358,44 @@ def test_ablations_need_what_their_inner_margin_needs(name: str) -> None:
     assert not of_kl.needs_reference and not of_kl.needs_fit
 
 
-def test_reverse_refuses_a_constant_margin() -> None:
-    with pytest.raises(ConfigError, match=r"reverse.inner='fixed' is not allowed.*kl with history > 0, kl_authors"):
-        build_margin("reverse", inner=Fixed())
+@pytest.mark.parametrize("name", ["map", "alpha_dpo", "reverse"])
+def test_margins_of_the_reference_say_what_is_missing(name: str) -> None:
+    inner = build_margin("map")
+    options = {"map": {}, "alpha_dpo": {"beta": 1.0}, "reverse": {"inner": inner}}[name]
+    margin, evidence = build_margin(name, **options), random_evidence(3)
+    state, needed = margin.fit(evidence.reference), "map" if name == "reverse" else name
+    with pytest.raises(
+        ConfigError, match=rf"the margin '{needed}' needs the reference's.*reference=None; allowed: Pair"
+    ):
+        margin(torch.zeros(3), evidence._replace(reference=None), state)
 
 
-@pytest.mark.parametrize("name", ["reverse", "shuffled"])
-@pytest.mark.parametrize(
-    ("inner", "options"), [("kl", {"history": 0}), ("kl_dual", {}), ("kl_authors", {"sample": 0, "memory": 9})]
-)
-def test_ablations_of_a_margin_whose_pool_is_the_step_are_refused(
-    name: str, inner: str, options: dict[str, Any]
+def test_a_quantile_shape_is_gmax_times_the_mid_rank_to_any_power() -> None:
+    for p, expected in ((0.5, [0.0, 0.75, 1.5]), (1.0, [0.0, 0.375, 1.5]), (3.0, [0.0, 1.5 / 64, 1.5])):
+        margin = build_margin("map", shape=Quantile(gmax=1.5, p=p), standardize="quantile")
+        # training margins 1, 2, 2, 2: 0 lies below all, 9 above all, 1.5 above a quarter
+        assert map_margins(margin, [2.0, 1.0, 2.0, 2.0], [0.0, 1.5, 9.0]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_quantile_shape_refuses_a_score_that_is_no_quantile() -> None:
+    with pytest.raises(ConfigError, match=r"map.standardize='robust_z' .*: quantile with map.shape=Quantile\(gmax=1"):
+        build_margin("map", shape=Quantile())
+
+
+@pytest.mark.parametrize(("gap", "count"), [(0.7, 6), (0.3, 31), (0.0, 3), (-0.1, 7), (2.9, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_alpha_dpo_gives_every_pair_gamma0_where_only_rounding_sets_gaps_apart(
+    gap: float, count: int, dtype: torch.dtype
 ) -> None:
-    """With one pair per step there is no other pair, and the ablation would be the margin itself."""
-    with pytest.raises(ConfigError, match=rf"{name}.inner=.* pool is this step's pairs alone.*kl with history > 0"):
-        build_margin(name, inner=build_margin(inner, **options))
+    lengths = torch.arange(count) + 1
+    rejected = -2.0 * lengths
+    policy = PairLogps((rejected + gap * lengths).to(dtype), rejected.to(dtype), lengths, lengths)
+    reference = PairLogps((rejected + 0.1 * lengths).to(dtype), rejected.to(dtype), lengths, lengths)
+    margin = build_margin("alpha_dpo", gamma0=0.5, beta=2.0, alpha=3.0)
+    state = margin.init()
+    for _ in range(3):
+        got, state = margin(torch.zeros(count, dtype=dtype), Evidence(policy, reference), state)
+        assert got.tolist() == [0.5] * count
 
 
 def test_quantile_map_uses_mid_ranks_in_the_training_split() -> None:
@@ -407,7 +478,7 @@ def test_the_authors_pool_is_the_batch_and_a_sample_of_the_past_that_repeats_wit
     got = []
     for margin in margins:
         _, state = call(margin, past)
-        pool, _ = margin.pool(torch.tensor([0.5], dtype=torch.float64), random_evidence(1), state, Local())
+        pool, _ = margin.allocate(torch.tensor([0.5], dtype=torch.float64), random_evidence(1), state, Local())
         assert len(pool.score) == 6 and pool.score[0] == 0.5 and set(pool.score[1:].tolist()) <= set(past)
         got.append(pool.score.tolist())
     assert got[0] == got[1] != got[2]
@@ -421,7 +492,7 @@ def test_the_authors_sample_takes_other_places_of_a_full_queue_each_step() -> No
     for h in (10.0, 11.0):
         queue = state.reward_margin.tolist()
         assert len(queue) == 40
-        pool, state = margin.pool(torch.tensor([h], dtype=torch.float64), random_evidence(1), state, Local())
+        pool, state = margin.allocate(torch.tensor([h], dtype=torch.float64), random_evidence(1), state, Local())
         places.append([queue.index(score) for score in pool.score[1:].tolist()])
     assert places[0] != places[1]
 

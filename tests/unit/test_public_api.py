@@ -13,16 +13,17 @@ import math
 import mpmath
 import pytest
 import torch
+from rich.table import Table
 
 import gamma_po.losses
 import gamma_po.margins
 import gamma_po.presets
 import gamma_po.types
 from gamma_po.losses import LOSSES, Loss, build_loss
-from gamma_po.margins import MARGINS, Margin, build_margin, solve_kl_margins
+from gamma_po.margins import MARGINS, GammaBetaRatio, KLPool, KLSolver, Margin, build_margin, solve_kl_margins
 from gamma_po.margins.maps import MapShape
 from gamma_po.ranks import Local
-from gamma_po.tables import preset_table, registry_table
+from gamma_po.tables import option_meanings, option_table, part_tables, preset_table, registry_table, write_table
 from gamma_po.types import Evidence, PairLogps
 
 TOLERANCE = 1e-9  # float64 against 30 digits
@@ -57,20 +58,21 @@ LOSS_OPTIONS = {
     "with_sft": "loss, sft_weight=1.0",
     "weighted_sum": f"losses=({DPO_DEFAULT}, BCOPair(beta=0.1, shift='none'), SFT()), weights=(0.8, 0.2, 1.0)",
 }
-KL_DEFAULT = "KL(gamma0=1.0, tau=1.0, center=None, history=256)"
+KL_OPTIONS = "gamma0=1.0, tau=1.0, center=None, history=None, solver=Exact(), pool=None"
+KL_DEFAULT = f"KL({KL_OPTIONS})"
 MARGIN_OPTIONS = {
     "none": "",
     "fixed": "gamma=1.0",
-    "kl": "gamma0=1.0, tau=1.0, center=None, history=256",
+    "kl": KL_OPTIONS,
     "kl_dual": "gamma0=1.0, tau=1.0, center=None, window=512",
     "kl_authors": "gamma0=1.0, tau=1.0, center=None, sample=256, memory=2048, seed=0",
     "map": "beta=None, shape=Piecewise(k1=0.1, k2=0.5, t0=0.0, t1=1.0), standardize='robust_z', length_norm=False, "
-    "budget=None, units='reward'",
+    "budget=None, units='reward', strength=1.0",
     "column": "scale=1.0, transform='identity'",
     "alpha_dpo": "beta=None, gamma0=1.0, alpha=0.1, decay=0.9",
     "amapo": "beta=None",
-    "reverse": f"inner={KL_DEFAULT}",
-    "shuffled": f"inner={KL_DEFAULT}, seed=0",
+    "reverse": f"inner={KL_DEFAULT}, history=None",
+    "shuffled": f"inner={KL_DEFAULT}, seed=0, history=None",
 }
 SHAPE_OPTIONS = {
     "Linear": "g0=0.5, k=0.25",
@@ -80,7 +82,10 @@ SHAPE_OPTIONS = {
     "Sigmoid": "gmax=1.0, threshold=1.0, temperature=0.25",
     "Power": "k=0.2, threshold=0.0, p=2.0",
     "Exp": "k=0.15, threshold=0.0, cap=2.5",
+    "Quantile": "gmax=1.0, p=2.0",
 }
+SOLVER_OPTIONS = {"Exact": "", "MirrorDescent": "steps=20", "Dual": "window=512"}
+POOL_OPTIONS = {"RecentPool": "history=256", "SampledPool": "sample=256, memory=2048, seed=0"}
 TYPE_FIELDS = {
     "PairLogps": "chosen rejected chosen_length rejected_length chosen_shared rejected_shared chosen_on_policy "
     "rejected_on_policy",
@@ -94,7 +99,8 @@ EXPORTS = {
     "BetaDPO DPONorm DiscoPOP "
     "EXOPair Hinge KTOPair Loss NCAPair PairwiseLoss RobustDPO SPPOHard SimPO TwoSidedLoss WeightedSum WithSFT "
     "build_loss gradient_weight require_margin_fits",
-    gamma_po.margins: "KL MARGINS AMaPO AlphaDPO Column Fixed KLAuthors KLDual Map Margin NoMargin PoolMargin Reverse "
+    gamma_po.margins: "KL MARGINS AMaPO AlphaDPO Column Dual Exact Fixed GammaBetaRatio KLAuthors KLDual KLPool "
+    "KLSolver Map Margin MirrorDescent NoMargin PoolMargin RecentPool Reverse SampledPool "
     "Shuffled build_margin mirror_descent_margins solve_kl_margins",
 }
 SIGNATURES = {
@@ -124,6 +130,19 @@ def options_of(entry: type) -> str:
         default = field.default if factory is dataclasses.MISSING else factory()
         parts.append(field.name if default is dataclasses.MISSING else f"{field.name}={default!r}")
     return ", ".join(parts)
+
+
+def named(base: type) -> dict[str, type]:
+    """The parts of margins that derive from a base, as they are called in YAML."""
+    return {part.__name__: part for part in base.__subclasses__()}
+
+
+EVERYTHING = (
+    *LOSSES.values(),
+    *MARGINS.values(),
+    *(part for base in (MapShape, KLSolver, KLPool) for part in base.__subclasses__()),
+    GammaBetaRatio,
+)
 
 
 def public_names(module: object) -> set[str]:
@@ -200,16 +219,19 @@ def test_without_ranks_both_calls_are_those_of_one_process() -> None:
     [
         (LOSSES, LOSS_OPTIONS),
         (MARGINS, MARGIN_OPTIONS),
-        ({shape.__name__: shape for shape in MapShape.__subclasses__()}, SHAPE_OPTIONS),
+        (named(MapShape), SHAPE_OPTIONS),
+        (named(KLSolver), SOLVER_OPTIONS),
+        (named(KLPool), POOL_OPTIONS),
+        ({"GammaBetaRatio": GammaBetaRatio}, {"GammaBetaRatio": "gamma_beta_ratio"}),
     ],
-    ids=["losses", "margins", "shapes"],
+    ids=["losses", "margins", "shapes", "solvers", "pools", "ratio"],
 )
 def test_frozen_names_options_and_defaults(registry: dict[str, type], frozen: dict[str, str]) -> None:
     assert {name: options_of(entry) for name, entry in registry.items()} == frozen
 
 
 def test_frozen_every_option_is_given_by_keyword_and_nothing_built_can_be_changed() -> None:
-    for entry in (*LOSSES.values(), *MARGINS.values(), *MapShape.__subclasses__()):
+    for entry in EVERYTHING:
         parameters = inspect.signature(entry).parameters.values()
         assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters)
         assert entry.__dataclass_params__.frozen
@@ -235,16 +257,55 @@ def test_frozen_signatures() -> None:
 
 @pytest.mark.parametrize(("command", "registry"), [("losses", LOSS_OPTIONS), ("margins", MARGIN_OPTIONS)])
 def test_the_printed_tables_have_every_name_and_the_frozen_defaults(command: str, registry: dict[str, str]) -> None:
-    table = registry_table(command)
-    names, options = ([cell.plain for cell in table.columns[column].cells] for column in (0, 3))
-    assert names == list(registry)
-    for printed, frozen in zip(options, registry.values(), strict=True):
-        assert printed.replace(" = required", "").replace(" = ", "=") == (frozen or "-")
+    assert plain_rows(registry_table(command), 0) == [(name,) for name in registry]
+    printed: dict[str, list[str]] = {name: [] for name in registry}
+    for name, option, default in plain_rows(option_table(command), 0, 1, 2):
+        printed[name].append(option if default == "required" else f"{option}={default}")
+    assert {name: ", ".join(options) for name, options in printed.items()} == registry
+
+
+def test_the_margins_tables_end_with_every_map_shape_its_formula_and_the_parts_of_the_kl_margin() -> None:
+    tables = part_tables()
+    shapes = dict(plain_rows(tables[0], 0, 1))
+    assert list(shapes) == list(SHAPE_OPTIONS) and shapes["Power"] == "γ = k · relu(z - t)^p, t = threshold"
+    assert all(formula.startswith("γ = ") for formula in shapes.values())
+    assert [row[0] for row in plain_rows(tables[2], 0)] == list(SOLVER_OPTIONS)
+    assert [row[0] for row in plain_rows(tables[4], 0)] == list(POOL_OPTIONS)
+    options = {
+        (name, option): default for table in tables[1::2] for name, option, default in plain_rows(table, 0, 1, 2)
+    }
+    assert options["Quantile", "p"] == "2.0" and options["SampledPool", "memory"] == "2048"
+
+
+UNITS = ("reward units", "nats", "per nat", "of z", "share", "weight", "number", "integer", "how many", "in `units`")
+
+
+def test_every_option_says_what_it_means_and_every_number_its_unit() -> None:
+    for entry in EVERYTHING:
+        meanings = option_meanings(entry)
+        for field in dataclasses.fields(entry):
+            meaning = meanings[field.name]
+            assert len(meaning) > 10 and not meaning.startswith("see")
+            if "float" in field.type or "int" in field.type.split(" |"):
+                assert any(unit in meaning for unit in UNITS), f"{entry.__name__}.{field.name}: {meaning}"
+
+
+@pytest.mark.parametrize(("command", "tables"), [("losses", 2), ("margins", 8), ("presets", 1)])
+def test_the_lookup_commands_write_their_tables(command: str, tables: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write_table(command) == 0
+    printed = capsys.readouterr().out
+    assert sum(set(line.strip()) == {"─"} for line in printed.splitlines()) == tables  # a rule under each head
+    assert "of " + command in printed or command == "presets"
+
+
+def plain_rows(table: Table, *columns: int) -> list[tuple[str, ...]]:
+    """The rows of a table, as text."""
+    return list(zip(*([cell.plain for cell in table.columns[column].cells] for column in columns), strict=True))
 
 
 def test_the_presets_table_prints_loss_and_margin_of_every_preset() -> None:
     rows = zip(*([cell.plain for cell in column.cells] for column in preset_table().columns), strict=True)
     assert [row[0] for row in rows] == list(gamma_po.presets.PRESETS)
-    assert "KL(gamma0=4.0, tau=10.0, center=False, history=256)" in [
-        cell.plain for cell in preset_table().columns[2].cells
-    ]
+    assert ("KL(gamma0=4.0, tau=10.0, center=False, history=None, solver=Exact(), pool=None)",) in plain_rows(
+        preset_table(), 2
+    )
