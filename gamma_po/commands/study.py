@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 
 from gamma_po.commands.arguments import guarded, parse
+from gamma_po.commands.study_calibrate import CalibrateOptions, run_calibration
+from gamma_po.commands.study_lm import LanguageOptions, run_language_study
 from gamma_po.errors import require
 from gamma_po.studies.alpacaeval import AlpacaEval
 from gamma_po.studies.bandit import Bandit
@@ -19,7 +21,9 @@ from gamma_po.studies.presets import PRESETS
 from gamma_po.studies.report import new_folder, print_study, write_study
 from gamma_po.studies.running import Testbed, available_workers
 
-USAGE = "usage: python -m gamma_po study bandit|alpacaeval [options]; --help after either lists them\n"
+USAGE = (
+    "usage: python -m gamma_po study bandit|alpacaeval|lm|calibrate [options]; --help after any of them lists them\n"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +66,17 @@ class AlpacaEvalOptions(BanditOptions):
 
 
 def main(arguments: list[str]) -> int:
-    """Run `study bandit` or `study alpacaeval`; 1 if a check of the study failed."""
-    if not arguments or arguments[0] not in ("bandit", "alpacaeval"):
+    """Run `study bandit`, `alpacaeval`, `lm` or `calibrate`; 1 if a check of the study failed."""
+    if not arguments or arguments[0] not in ("bandit", "alpacaeval", "lm", "calibrate"):
         (sys.stdout if arguments[:1] in (["--help"], ["-h"]) else sys.stderr).write(USAGE)
         return 0 if arguments[:1] in (["--help"], ["-h"]) else 2
     testbed, rest = arguments[0], arguments[1:]
+    if testbed == "calibrate":
+        calibration = parse(CalibrateOptions, rest, "study calibrate")
+        return guarded(lambda: run_calibration(calibration))
+    if testbed == "lm":
+        language = parse(LanguageOptions, rest, "study lm")
+        return guarded(lambda: run_language_study(language, arguments))
     if "--preset=list" in rest or ("--preset", "list") in itertools.pairwise(rest):
         sys.stdout.write("".join(f"{name:10} {text}\n" for name, (text, _) in PRESETS.items()))
         return 0

@@ -18,10 +18,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from gamma_po.errors import DataError, require
-from gamma_po.studies.bandit import random_function
+from gamma_po.errors import DataError
+from gamma_po.studies.bandit import RandomFunction
 from gamma_po.studies.text_features import standardised, text_features
-from gamma_po.studies.worlds import HeldOut, Worlds, joined, preference_pairs
+from gamma_po.studies.worlds import (
+    HeldOut,
+    Worlds,
+    draw_worlds,
+    generator_of,
+    informed_scores,
+    preference_pairs,
+)
 
 FEWEST_ANSWERS = 4
 ANNOTATIONS = "weighted_alpaca_eval_gpt4_turbo/annotations.json"
@@ -77,17 +84,15 @@ class AlpacaEval:
 
     def draw(self, seeds: Sequence[int], rhos: Sequence[float]) -> Worlds:
         """Return a world for every seed and ρ."""
-        for rho in rhos:
-            require(0 <= rho <= 1, "rho", rho, "0 <= ρ <= 1")
-        return joined([self._world(seed, rho) for seed in seeds for rho in rhos])
+        return draw_worlds(seeds, rhos, self._world)
 
     def _world(self, seed: int, rho: float) -> Worlds:
-        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
+        generator = generator_of(seed)
         order = torch.randperm(len(self.answers.gold), generator=generator)
         features, gold, exists = (values[order] for values in self.answers)
-        nuisance = random_function(features, self.units, generator)
+        nuisance = RandomFunction(features, self.units, generator)(features)
         known = gold[exists]
-        score = self.sharpness * (rho * (gold - known.mean()) / known.std() + math.sqrt(1 - rho**2) * nuisance)
+        score = informed_scores((gold - known.mean()) / known.std(), nuisance, rho, self.sharpness)
         reference = torch.log_softmax(score.masked_fill(~exists, -torch.inf), dim=1)
         test = round(self.held_out * len(order))
         rows = torch.arange(self.pairs) % (len(order) - test) + test

@@ -13,8 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gamma_po.errors import require
-from gamma_po.studies.worlds import HeldOut, Worlds, joined, preference_pairs
+from gamma_po.studies.worlds import (
+    HeldOut,
+    Worlds,
+    draw_worlds,
+    generator_of,
+    informed_scores,
+    preference_pairs,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,7 @@ class Bandit:
         units: of the random functions that gold reward and nuisance are.
         sharpness: standard deviation of the reference's log-probabilities before normalisation.
         label_gap: labels are Bradley-Terry on this many times the gold gap.
+        calibration: further prompts, one pair each, that are neither trained nor measured on.
     """
 
     prompts: int = 1024
@@ -38,32 +45,55 @@ class Bandit:
     units: int = 32
     sharpness: float = 1.5
     label_gap: float = 2.0
+    calibration: int = 0
 
     def draw(self, seeds: Sequence[int], rhos: Sequence[float]) -> Worlds:
         """Return a world for every seed and ρ; worlds of one seed share features, gold and random numbers."""
-        for rho in rhos:
-            require(0 <= rho <= 1, "rho", rho, "0 <= ρ <= 1")
-        return joined([self._world(seed, rho) for seed in seeds for rho in rhos])
+        return draw_worlds(seeds, rhos, self._world)
 
     def _world(self, seed: int, rho: float) -> Worlds:
-        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
+        generator = generator_of(seed)
         prompts = self.prompts + self.held_out
         features = torch.randn(prompts, self.responses, self.features, generator=generator)
-        gold, nuisance = (random_function(features, self.units, generator) for _ in range(2))
-        reference = torch.log_softmax(self.sharpness * (rho * gold + math.sqrt(1 - rho**2) * nuisance), dim=1)
+        gold_reward, nuisance_reward = (RandomFunction(features, self.units, generator) for _ in range(2))
+        gold = gold_reward(features)
+        reference = self._reference(gold, nuisance_reward(features), rho)
         train, test = slice(0, self.prompts), slice(self.prompts, None)
         pairs = preference_pairs(features[train], reference[train], gold[train], self.label_gap, generator)
         held_out = HeldOut(*(values[test][None] for values in (features, reference, gold)))
-        return Worlds(pairs, held_out, (seed,), (rho,))
+        if not self.calibration:
+            return Worlds(pairs, held_out, (seed,), (rho,))
+        further = torch.randn(self.calibration, self.responses, self.features, generator=generator)
+        gold = gold_reward(further)
+        reference = self._reference(gold, nuisance_reward(further), rho)
+        calibration = preference_pairs(further, reference, gold, self.label_gap, generator)
+        return Worlds(pairs, held_out, (seed,), (rho,), calibration)
+
+    def _reference(self, gold: Tensor, nuisance: Tensor, rho: float) -> Tensor:
+        return torch.log_softmax(informed_scores(gold, nuisance, rho, self.sharpness), dim=1)
 
 
-def random_function(features: Tensor, units: int, generator: torch.Generator) -> Tensor:
-    """Return Σ_j a_j tanh(w_j·x + b_j), standardised over all responses; [..., F] -> [...].
+class RandomFunction:
+    """Σ_j a_j tanh(w_j·x + b_j), standardised over the responses that it is drawn for.
 
     The weights are drawn so that w_j·x has standard deviation 1.5: curved, and not saturated.
+
+    Args:
+        features: of those responses, [..., F].
+        units: how many terms.
+        generator: of the draws.
     """
-    size = features.shape[-1]
-    weight = torch.randn(size, units, generator=generator) * (1.5 / math.sqrt(size))
-    bias, out = torch.randn(units, generator=generator), torch.randn(units, generator=generator)
-    value = (torch.tanh(features @ weight + bias) * out).sum(-1)
-    return (value - value.mean()) / value.std()
+
+    def __init__(self, features: Tensor, units: int, generator: torch.Generator) -> None:
+        size = features.shape[-1]
+        self.weight = torch.randn(size, units, generator=generator) * (1.5 / math.sqrt(size))
+        self.bias, self.out = torch.randn(units, generator=generator), torch.randn(units, generator=generator)
+        value = self._raw(features)
+        self.mean, self.std = value.mean(), value.std()
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return the function's values, [..., F] -> [...]."""
+        return (self._raw(features) - self.mean) / self.std
+
+    def _raw(self, features: Tensor) -> Tensor:
+        return (torch.tanh(features @ self.weight + self.bias) * self.out).sum(-1)

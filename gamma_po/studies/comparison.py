@@ -17,12 +17,14 @@ class Difference(NamedTuple):
     count: int
 
 
-def paired(values: Sequence[float], baseline: Sequence[float]) -> Difference:
+def paired(values: Sequence[float], baseline: Sequence[float], step: float = 0.0) -> Difference:
     """Compare two arms on the same seeds.
 
     Args:
         values: one per seed.
         baseline: the same seeds in the same order.
+        step: between neighbouring values of the measure, 0 if it is continuous. A share of few prompts may differ
+            by the same amount in all of few seeds by chance; two roundings, step² / 12 each, add to the variance.
 
     Raises:
         ValueError: fewer than two seeds.
@@ -36,7 +38,8 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Difference:
     if count < 2:
         raise ValueError("an interval needs at least two seeds")
     mean = math.fsum(differences) / count
-    error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (count - 1) / count)
+    variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1)
+    error = math.sqrt((variance + (step**2 / 6 if mean else 0)) / count)
     half = t_quantile(0.95, count - 1) * error
     if error == 0:
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, count)

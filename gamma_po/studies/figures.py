@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from gamma_po.studies.running import Row, Trace
-from gamma_po.studies.study import Study
+from gamma_po.studies.study import Study, place
 
 STRENGTH = re.compile(r"kl γ0=([\d.]+) τ=([\d.]+)$")
 BINS = 24
@@ -27,7 +28,9 @@ SMALLEST_HEIGHT = 4.8  # inches: room for the legend
 
 def figures(study: Study) -> dict[str, Figure]:
     """Return what can be drawn of a study, by file name."""
-    found = {"frontier": frontier_figure(study), "gradient_weight": weight_figure(study)}
+    found = {"frontier": frontier_figure(study)}
+    if study.traces:
+        found["gradient_weight"] = weight_figure(study)
     if any(STRENGTH.match(pairing.arm) for pairing in study.pairings):
         found["phase_diagram"] = phase_figure(study)
     return found
@@ -47,11 +50,10 @@ def frontier_figure(study: Study) -> Figure:
             own = [row for row in rows if (row["arm"], row["rho"], row["flip_rate"]) == (arm, rho, flips)]
             if not own:
                 continue
-            colour = colormaps["tab20"](number % 20)
-            dashes, marker = ("--", "s") if "matched" in arm else ("-", "o")
+            colour, dashes, marker = style(number, len(arms))
             label = arm if axes is next(iter(panels.values())) else None
             line = [_mean([row[f"win_rate_kl{kl:g}"] for row in own]) for kl in kls]
-            axes.plot(kls, line, dashes, color=colour, lw=1, alpha=0.7)
+            axes.plot(kls, line, linestyle=dashes, color=colour, lw=1, alpha=0.7)
             point = _mean([row["kl"] for row in own]), _mean([row["win_rate"] for row in own])
             axes.plot(*point, marker, color=colour, ms=4, label=label)
         axes.set_xscale("log")
@@ -70,8 +72,9 @@ def weight_figure(study: Study) -> Figure:
     grid = figure.subplots(len(rhos), len(flips), squeeze=False, sharey=True)
     for (arm, rho, rate), trace in study.traces.items():
         axes = grid[rhos.index(rho), flips.index(rate)]
-        axes.set_title(f"ρ {rho:g}, flips {rate:g}", fontsize=FONT)
-        colour = colormaps["tab10"](sorted({cell[0] for cell in study.traces}).index(arm) % 10)
+        axes.set_title(place(rho, rate), fontsize=FONT)
+        names = sorted({cell[0] for cell in study.traces})
+        colour = style(names.index(arm), len(names))[0]
         first = axes is grid[0, 0]
         h, weight = _binned(trace)
         axes.plot(h, weight, "-", color=colour, lw=1.5, label=arm if first else None)
@@ -100,7 +103,7 @@ def phase_figure(study: Study) -> Figure:
         text = f"{100 * pairing.difference.mean:+.2f}{'•' if pairing.survives_holm else ''}"
         ink = "white" if abs(share) > DARK else "black"
         axes.text(*at, text, ha="center", va="center", fontsize=FONT - 2, color=ink)
-        axes.set_title(f"ρ {pairing.rho:g}, flips {pairing.flip_rate:g}", fontsize=FONT)
+        axes.set_title(place(pairing.rho, pairing.flip_rate), fontsize=FONT)
         axes.set_xlim(-0.5, len(taus) - 0.5)
         axes.set_ylim(-0.5, len(gamma0s) - 0.5)
         axes.set_xticks(range(len(taus)), [f"{tau:g}" for tau in taus])
@@ -109,6 +112,17 @@ def phase_figure(study: Study) -> Figure:
     figure.supxlabel("τ", fontsize=FONT)
     figure.supylabel("γ0", fontsize=FONT)
     return figure
+
+
+def style(number: int, count: int) -> tuple[tuple[float, ...], str, str]:
+    """Return colour, dashes and marker of one of many lines; no two lines of a figure share all of a colour.
+
+    Neighbours in the list differ in dashes and marker too, as hues of many lines lie close together.
+    """
+    kinds = (("-", "o"), ("--", "s"), (":", "^"))
+    shade = 0.5 + 0.4 * ((number // len(kinds)) % 2)
+    colour = hsv_to_rgb((number / count, 0.85, shade))
+    return (*map(float, colour),), *kinds[number % len(kinds)]
 
 
 def _square(at: tuple[int, int], colour: tuple[float, ...]) -> Rectangle:
@@ -123,7 +137,7 @@ def _panels(rows: Sequence[Row]) -> tuple[Figure, dict[tuple[float, float], Axes
     for i, rho in enumerate(rhos):
         for j, rate in enumerate(flips):
             panels[rho, rate] = grid[i, j]
-            grid[i, j].set_title(f"ρ {rho:g}, flips {rate:g}", fontsize=FONT)
+            grid[i, j].set_title(place(rho, rate), fontsize=FONT)
             grid[i, j].grid(color="#dddddd", linewidth=0.6)
     return figure, panels
 

@@ -14,6 +14,7 @@ from gamma_po.studies.worlds import HeldOut
 
 NEWTON_STEPS = 16
 STEP_TOLERANCE = 1e-6
+TEMPERATURES = (0.0, *(2.0 ** (power / 4) for power in range(-40, 41)))  # in units of 1 / the scores' spread
 KL_TOLERANCE = 1e-3  # relative; a KL further from its target than this was not reachable
 
 
@@ -98,3 +99,18 @@ class Judge:
         normaliser = torch.logsumexp(self.reference + raised, -1, keepdim=True)
         log_ratio = raised - normaliser
         return (self.reference + log_ratio).exp(), log_ratio
+
+
+def log_likelihoods(gap: Tensor) -> Tensor:
+    """Return each pair's log s(c gap) with the c >= 0 that is best for all of them together.
+
+    Args:
+        gap: f_chosen - f_rejected as labelled, [..., N], nats.
+
+    >>> log_likelihoods(torch.tensor([1.0, -1.0])).exp()
+    tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    scaled = gap.double() / gap.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+    tried = [torch.nn.functional.logsigmoid(c * scaled) for c in TEMPERATURES]
+    best = torch.stack([values.mean(-1) for values in tried]).argmax(0)
+    return torch.stack(tried).gather(0, best[None, ..., None].expand(1, *gap.shape))[0]

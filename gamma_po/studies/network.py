@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gamma_po.studies.worlds import generator_of
+
 ROWS_AT_ONCE = 128
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
@@ -33,7 +35,7 @@ def initial(seeds: tuple[int, ...], settings: int, features: int, units: int) ->
     """Return networks with f = 0: random first layers, the same for all settings of a seed, and out = 0."""
     layers = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + 1)
+        generator = generator_of(seed, 1)
         layers.append(torch.randn(features + 1, units, generator=generator) / math.sqrt(features + 1))
     weight = torch.stack(layers)[:, None].expand(-1, settings, -1, -1).contiguous()
     return Network(weight, weight.new_zeros(len(seeds), settings, units))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from gamma_po.errors import ConfigError
 from gamma_po.studies.arms import (
     ALL_ARMS,
     Arms,
@@ -19,6 +21,9 @@ from gamma_po.studies.arms import (
     together,
     told_rate,
 )
+from gamma_po.studies.bandit import Bandit
+from gamma_po.studies.calibration import Calibrated
+from gamma_po.studies.challenge import Challenge
 from gamma_po.studies.methods import METHODS
 from gamma_po.studies.plug_and_play import PlugAndPlay
 from gamma_po.studies.running import Testbed
@@ -29,7 +34,8 @@ CORE_METHODS = ("dpo", "fixed", "kl", "kl absolute", "kl shuffled", "map", "robu
 MIDDLE = (0.5,)
 NOISE = (0.0, 0.2, 0.4)
 
-Build = Callable[[Testbed], PlugAndPlay | Tuned]
+Protocol = PlugAndPlay | Tuned | Calibrated | Challenge
+Build = Callable[[Testbed], Protocol]
 
 
 def _plug(arms: Arms, count: int, **options: Any) -> Build:
@@ -38,6 +44,25 @@ def _plug(arms: Arms, count: int, **options: Any) -> Build:
 
 def _tuned(names: tuple[str, ...], count: int, **options: Any) -> Build:
     return lambda testbed: Tuned(testbed=testbed, methods=names, seeds=tuple(range(count)), **options)
+
+
+def _calibrated(count: int, pairs: int) -> Build:
+    def build(testbed: Testbed) -> Calibrated:
+        own = dataclasses.replace(_bandit(testbed, "calibrate"), calibration=pairs)
+        return Calibrated(testbed=own, seeds=tuple(range(count)))
+
+    return build
+
+
+def _challenge(testbed: Testbed) -> Challenge:
+    return Challenge(testbed=_bandit(testbed, "challenge"), seeds=tuple(range(20)))
+
+
+def _bandit(testbed: Testbed, preset: str) -> Bandit:
+    """Refuse what the preset cannot draw further or clean pairs from."""
+    if not isinstance(testbed, Bandit):
+        raise ConfigError(f"the preset {preset!r} is one of `study bandit`")
+    return testbed
 
 
 PRESETS: dict[str, tuple[str, Build]] = {
@@ -77,6 +102,14 @@ PRESETS: dict[str, tuple[str, Build]] = {
     "history": (
         "how long the KL margin's history is",
         _plug(together(base_arms, kl_arms, history_arms), 20, rhos=MIDDLE),
+    ),
+    "calibrate": (
+        "the map's strength and sign chosen on 300 clean or 3000 noisy held-out pairs",
+        _calibrated(20, 3000),
+    ),
+    "challenge": (
+        "what 40 % flips leave to be had: brackets, and candidates without clean labels",
+        _challenge,
     ),
     "small": (
         "half a minute at most: few arms, four seeds, one reference",

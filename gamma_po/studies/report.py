@@ -22,7 +22,7 @@ from gamma_po.errors import ConfigError
 from gamma_po.files import write_bytes, write_text
 from gamma_po.plotting import save_figure
 from gamma_po.studies.figures import figures
-from gamma_po.studies.study import Pairing, Study, by_cell
+from gamma_po.studies.study import Pairing, Study, by_cell, place
 
 SHORT = {"helps": "helps", "hurts": "hurts", "equivalent": "≈", "cannot": "?"}
 Rows = list[list[str]]
@@ -100,6 +100,8 @@ def tables(study: Study) -> list[tuple[str, list[str], Rows]]:
     curve = [row for row in study.rows if row["stage"] == "beta curve"]
     if curve:
         found.append(_curve_table(study))
+    if study.levels:
+        found.append(_level_table(study))
     if study.slopes:
         found.append(_slope_table(study))
     if study.tuned:
@@ -118,7 +120,7 @@ def legend(study: Study) -> str:
     )
 
 
-def _metric_table(study: Study, metric: str, rho: float) -> tuple[str, list[str], Rows]:
+def _metric_table(study: Study, metric: str, rho: float | None) -> tuple[str, list[str], Rows]:
     """An arm and its counterpart per row, a column per flip rate; arms without a counterpart show their level."""
     rows = [row for row in study.rows if row["stage"] in ("arms", "control", "evaluation") and row["rho"] == rho]
     rates = sorted({row["flip_rate"] for row in rows})
@@ -133,7 +135,21 @@ def _metric_table(study: Study, metric: str, rho: float) -> tuple[str, list[str]
         for other in against:
             found = [pairings.get((arm, other, rate)) for rate in rates]
             lines.append(["", f"− {other}", *(_shown(pairing, seeds) if pairing else "-" for pairing in found)])
-    return f"{metric}, ρ = {rho:g}", ["arm", "", *(f"flips {rate:g}" for rate in rates)], lines
+    title = metric if rho is None else f"{metric}, ρ = {rho:g}"
+    return title, ["arm", "", *(f"flips {rate:g}" for rate in rates)], lines
+
+
+def _level_table(study: Study) -> tuple[str, list[str], Rows]:
+    """Means over seeds of what is not compared."""
+    groups: dict[tuple[str, float | None, float], list[dict[str, Any]]] = {}
+    for row in study.rows:
+        if row["stage"] in ("arms", "control", "evaluation"):
+            groups.setdefault((row["arm"], row["rho"], row["flip_rate"]), []).append(row)
+    lines = [
+        [arm, place(rho, rate), *(f"{math.fsum(row[name] for row in own) / len(own):.3f}" for name in study.levels)]
+        for (arm, rho, rate), own in groups.items()
+    ]
+    return "means over seeds", ["arm", "where", *study.levels], lines
 
 
 def _curve_table(study: Study) -> tuple[str, list[str], Rows]:
@@ -146,16 +162,16 @@ def _curve_table(study: Study) -> tuple[str, list[str], Rows]:
             own = [row for row in rows if (row["arm"], row["rho"], row["flip_rate"]) == (arm, rho, rate)]
             line.append(" / ".join(_level(row[metric] for row in own) for metric in study.metrics))
         lines.append(line)
-    header = ["base loss", *(f"ρ {rho:g}, flips {rate:g}" for rho, rate in columns)]
+    header = ["base loss", *(place(rho, rate) for rho, rate in columns)]
     return f"β-curve of the base loss: {' / '.join(study.metrics)}", header, lines
 
 
 def _slope_table(study: Study) -> tuple[str, list[str], Rows]:
     lines = [
-        [arm, f"{rho:g}", f"{rate:g}", f"{s.a:.3f}", f"{s.b:.3f}", f"{s.explained:.4f}"]
+        [arm, place(rho, rate), f"{s.a:.3f}", f"{s.b:.3f}", f"{s.explained:.4f}"]
         for (arm, rho, rate), s in study.slopes.items()
     ]
-    return "matched slope: pulls fitted by s(a − b h)", ["arm", "ρ", "flips", "a", "b", "variance explained"], lines
+    return "matched slope: pulls fitted by s(a − b h)", ["arm", "where", "a", "b", "variance explained"], lines
 
 
 def _tuned_table(study: Study) -> tuple[str, list[str], Rows]:
@@ -208,8 +224,13 @@ def _comparison_row(pairing: Pairing) -> dict[str, Any]:
 
 def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     """Write rows; a column that only some have is empty in the others."""
+    write_table(_table(rows), path)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a table, whole or not at all."""
     buffer = io.BytesIO()
-    pq.write_table(_table(rows), buffer)
+    pq.write_table(table, buffer)
     write_bytes(path, buffer.getvalue())
 
 

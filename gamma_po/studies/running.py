@@ -20,14 +20,14 @@ from torch import Tensor
 from gamma_po.margins import Fixed, NoMargin
 from gamma_po.margins.base import strength
 from gamma_po.progress import track
-from gamma_po.studies.measures import Judge
+from gamma_po.studies.measures import Judge, log_likelihoods
 from gamma_po.studies.network import Network, scores, with_constant
 from gamma_po.studies.settings import Setting
 from gamma_po.studies.training import Snapshots, Track, Trained, Training, ordered, train
 from gamma_po.studies.worlds import HeldOut, Worlds, labels, reference_accuracy
 
 Row = dict[str, Any]
-Cell = tuple[str, float, float]  # arm, ρ, flip rate
+Cell = tuple[str, float | None, float]  # arm, ρ (None where the reference is what it is), flip rate
 _counter: Any = None  # steps taken by all workers, shared memory
 REFERENCE_TOLERANCE = 1e-12  # rounding of sums in float64
 
@@ -52,6 +52,7 @@ class Job:
         training: how.
         kls: KLs at which every policy is also measured, by rescaling its scores.
         traced: arms whose reward margins and gradient weights are kept.
+        calibration_clean: where the testbed has calibration pairs: of how many the labels are not flipped.
     """
 
     testbed: Testbed
@@ -61,6 +62,7 @@ class Job:
     training: Training = field(default_factory=Training)
     kls: tuple[float, ...] = (1.0,)
     traced: frozenset[str] = frozenset()
+    calibration_clean: int = 0
 
 
 class Trace(NamedTuple):
@@ -145,11 +147,15 @@ def _start_counting(counter: Any) -> None:
 def _start_worker(counter: Any) -> None:
     _start_counting(counter)
     torch.set_num_threads(1)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this worker when the process that waits for it was killed; nobody else would tell it."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End this worker when the process that waits for it was killed; nobody else would tell it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -177,6 +183,7 @@ def run(job: Job, track: Track = iter) -> Results:
     rows = []
     for world in range(len(worlds)):
         judged = _judged(worlds, world, trained.network, job.kls)
+        gaps = _calibration_gaps(worlds, world, trained.network)
         for index, setting in enumerate(settings):
             row = _setting_columns(setting) | {"seed": worlds.seed[world], "rho": worlds.rho[world]}
             row |= {name: float(values[index]) for name, values in judged.items()}
@@ -184,6 +191,9 @@ def run(job: Job, track: Track = iter) -> Results:
             found = labels(worlds.pairs, setting.flip_rate)
             row |= {"ref_acc": float(accuracy[world]), "flipped": float(found.flipped[world].double().mean())}
             row |= {"wrong": float(found.wrong[world].double().mean()), "equal_to_base": equal.get((index, world))}
+            if gaps is not None and worlds.calibration is not None:
+                noisy = labels(worlds.calibration, setting.flip_rate).first_chosen[world]
+                row |= _calibration_columns(gaps[index], worlds.calibration.first_preferred[world], noisy, job)
             rows.append(row)
     return Results(rows, _traces(worlds, settings, trained.snapshots, job.traced))
 
@@ -191,13 +201,21 @@ def run(job: Job, track: Track = iter) -> Results:
 def _judged(worlds: Worlds, world: int, network: Network, kls: Iterable[float]) -> dict[str, Tensor]:
     """Measure all settings of a world, [S] each."""
     held_out = HeldOut(*(values[world] for values in worlds.held_out))
-    judge, shape = Judge(held_out), held_out.gold.shape
-    reference = judge.outcome(torch.zeros(shape))
-    if max(abs(float(reference.win_rate) - 0.5), abs(float(reference.kl))) > REFERENCE_TOLERANCE:
-        raise ArithmeticError(f"the reference against itself has win rate {reference.win_rate}, KL {reference.kl}")
     x = with_constant(held_out.features.flatten(0, 1))[None]
     own = Network(network.weight[world : world + 1], network.out[world : world + 1])
-    f = scores(own, x)[0].unflatten(1, shape)
+    f = scores(own, x)[0].unflatten(1, held_out.gold.shape)
+    return measured(Judge(held_out), f, kls)
+
+
+def measured(judge: Judge, f: Tensor, kls: Iterable[float]) -> dict[str, Tensor]:
+    """Measure policies, as trained and rescaled to KLs: scores [..., M, K] -> columns, [...] each.
+
+    Raises:
+        ArithmeticError: the reference does not win exactly half against itself.
+    """
+    reference = judge.outcome(torch.zeros(f.shape[-2:]))
+    if max(abs(float(reference.win_rate) - 0.5), abs(float(reference.kl))) > REFERENCE_TOLERANCE:
+        raise ArithmeticError(f"the reference against itself has win rate {reference.win_rate}, KL {reference.kl}")
     trained = judge.outcome(f)
     columns = {"win_rate": trained.win_rate, "kl": trained.kl, "gold": trained.gold}
     columns["pair_accuracy"] = judge.pair_accuracy(f)
@@ -206,6 +224,23 @@ def _judged(worlds: Worlds, world: int, network: Network, kls: Iterable[float]) 
         columns[f"win_rate_kl{kl:g}"] = judge.outcome(f, scale).win_rate
         columns[f"scale_kl{kl:g}"] = scale
     return columns
+
+
+def _calibration_gaps(worlds: Worlds, world: int, network: Network) -> Tensor | None:
+    """f_first - f_second of the calibration pairs under all settings of a world, [S, N]."""
+    if worlds.calibration is None:
+        return None
+    pairs = worlds.calibration
+    own = Network(network.weight[world : world + 1], network.out[world : world + 1])
+    first, second = (scores(own, with_constant(x[world])[None])[0] for x in (pairs.first, pairs.second))
+    return first - second
+
+
+def _calibration_columns(gap: Tensor, annotated: Tensor, noisy: Tensor, job: Job) -> Row:
+    """Log-likelihoods of a few clean labels and of all noisy ones, [N] each, for a choice between settings."""
+    count = job.calibration_clean
+    signed = {"clean": torch.where(annotated, gap, -gap)[:count], "noisy": torch.where(noisy, gap, -gap)}
+    return {f"calibration_{name}": log_likelihoods(values).float().numpy() for name, values in signed.items()}
 
 
 def _training_columns(snapshots: Snapshots) -> dict[str, Tensor]:

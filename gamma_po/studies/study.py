@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ class Pairing:
 
     arm: str
     against: str
-    rho: float
+    rho: float | None
     flip_rate: float
     metric: str
     difference: Difference
@@ -40,6 +40,7 @@ class Study:
         tuned: per method, ρ and flip rate: the chosen configuration, what was tried, edges.
         traces: reward margins and gradient weights by cell.
         checks: what was checked, and whether it held.
+        levels: further columns whose means are shown.
     """
 
     title: str
@@ -51,11 +52,21 @@ class Study:
     tuned: list[Row] = field(default_factory=list)
     traces: dict[Cell, Trace] = field(default_factory=dict)
     checks: list[tuple[str, bool]] = field(default_factory=list)
+    levels: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether every check held."""
         return all(held for _, held in self.checks)
+
+
+def place(rho: float | None, flips: float) -> str:
+    """Name a cell of the tables: the reference, where there are several, and the flip rate.
+
+    >>> place(0.5, 0.4), place(None, 0.0)
+    ('ρ 0.5, flips 0.4', 'flips 0')
+    """
+    return ("" if rho is None else f"ρ {rho:g}, ") + f"flips {flips:g}"
 
 
 def by_cell(rows: Iterable[Row], metric: str) -> dict[Cell, dict[int, float]]:
@@ -67,7 +78,11 @@ def by_cell(rows: Iterable[Row], metric: str) -> dict[Cell, dict[int, float]]:
 
 
 def compare(
-    rows: Sequence[Row], against: dict[str, tuple[str, ...]], metrics: Sequence[str], margin: float
+    rows: Sequence[Row],
+    against: dict[str, tuple[str, ...]],
+    metrics: Sequence[str],
+    margin: float,
+    steps: Mapping[str, float] | None = None,
 ) -> list[Pairing]:
     """Compare every arm with each of its counterparts in every cell, by every metric.
 
@@ -78,8 +93,9 @@ def compare(
         against: arm -> the arms it is compared with.
         metrics: columns that should be large.
         margin: for `verdict`.
+        steps: of metrics that are shares of few things; see `paired`.
     """
-    raw: list[tuple[str, str, float, float, str, Difference]] = []
+    raw: list[tuple[str, str, float | None, float, str, Difference]] = []
     for metric in metrics:
         cells = by_cell(rows, metric)
         for (arm, rho, flips), values in cells.items():
@@ -87,7 +103,8 @@ def compare(
                 base = cells.get((other, rho, flips), {})
                 seeds = [s for s in sorted(values) if s in base and values[s] == values[s] and base[s] == base[s]]
                 if len(seeds) > 1:
-                    difference = paired([values[s] for s in seeds], [base[s] for s in seeds])
+                    step = (steps or {}).get(metric, 0.0)
+                    difference = paired([values[s] for s in seeds], [base[s] for s in seeds], step)
                     raw.append((arm, other, rho, flips, metric, difference))
     survives = holm([item[-1].p for item in raw])
     names = ("arm", "against", "rho", "flip_rate", "metric", "difference")
@@ -114,6 +131,6 @@ def oracle_check(rows: Sequence[Row], metric: str, base: str, oracle: str) -> li
             base_values = cells[base, rho, flips]
             seeds = [s for s in sorted(values) if values[s] == values[s] and base_values[s] == base_values[s]]
             gain = paired([values[s] for s in seeds], [base_values[s] for s in seeds])
-            text = f"{oracle} − {base}, {metric}, ρ {rho:g}, flips {flips:g}: {100 * gain.mean:+.1f} points"
+            text = f"{oracle} − {base}, {metric}, {place(rho, flips)}: {100 * gain.mean:+.1f} points"
             found.append((text, gain.low > 0))
     return found

@@ -19,7 +19,7 @@ from gamma_po.margins import Margin, NoMargin, Shuffled
 from gamma_po.schedules import warmup_then
 from gamma_po.studies.network import Network, Optimizer, gradients, initial, scores, with_constant
 from gamma_po.studies.settings import Setting
-from gamma_po.studies.worlds import Labels, Worlds, labels, reference_logps
+from gamma_po.studies.worlds import Labels, Worlds, generator_of, labels, reference_logps
 from gamma_po.types import Evidence, PairLogps
 
 Track = Callable[[Iterable[int]], Iterator[int]]
@@ -91,7 +91,7 @@ def train(worlds: Worlds, settings: Sequence[Setting], how: Training, track: Tra
         Networks [W, S, ...] and snapshots.
     """
     by_rate = {rate: labels(worlds.pairs, rate) for rate in {setting.flip_rate for setting in settings}}
-    batches = _batches(worlds.seed, worlds.pairs.first.shape[1], how)
+    batches = batch_rows(worlds.seed, worlds.pairs.first.shape[1], how)
     network = initial(worlds.seed, len(settings), worlds.pairs.first.shape[2], how.units)
     optimizer = Optimizer(network, torch.tensor([setting.learning_rate for setting in settings]))
     factor = warmup_then("cosine", total_steps=how.steps, warmup_ratio=how.warmup_ratio)
@@ -224,13 +224,13 @@ def known_margins(setting: Setting, worlds: Worlds, found: Labels) -> Tensor:
     return torch.stack(table)
 
 
-def _batches(seeds: tuple[int, ...], pairs: int, how: Training) -> Tensor:
+def batch_rows(seeds: tuple[int, ...], pairs: int, how: Training) -> Tensor:
     """Rows of every step, [W, steps, B]: epochs in an order of the seed's own, the last incomplete batch dropped."""
     per_epoch = pairs // how.batch
     epochs = -(-how.steps // per_epoch)
     orders = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + 2)
+        generator = generator_of(seed, 2)
         rows = [torch.randperm(pairs, generator=generator)[: per_epoch * how.batch] for _ in range(epochs)]
         orders.append(torch.cat(rows).view(-1, how.batch)[: how.steps])
     return torch.stack(orders)

@@ -6,11 +6,14 @@ A *world* is one seed with one reference; `W` worlds lie side by side in every t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gamma_po.errors import require
 from gamma_po.types import PairLogps
 
 
@@ -41,6 +44,7 @@ class Worlds(NamedTuple):
     held_out: HeldOut
     seed: tuple[int, ...]
     rho: tuple[float, ...]
+    calibration: Pairs | None = None  # pairs of other prompts, on which an option may be chosen
 
     def __len__(self) -> int:
         return len(self.seed)
@@ -73,12 +77,36 @@ def reference_accuracy(pairs: Pairs) -> Tensor:
     return ((pairs.reference_first > pairs.reference_second) == pairs.first_better).double().mean(1)
 
 
+def generator_of(seed: int, stream: int = 0) -> torch.Generator:
+    """Return the random numbers of a seed: stream 0 draws its world, 1 its networks, 2 its batches."""
+    return torch.Generator().manual_seed(1_000_003 * (seed + 1) + stream)
+
+
+def draw_worlds(seeds: Sequence[int], rhos: Sequence[float], world: Callable[[int, float], Worlds]) -> Worlds:
+    """Return a world for every seed and ρ, drawn one by one.
+
+    Raises:
+        ConfigError: a ρ outside of [0, 1].
+    """
+    for rho in rhos:
+        require(0 <= rho <= 1, "rho", rho, "0 <= ρ <= 1")
+    return joined([world(seed, rho) for seed in seeds for rho in rhos])
+
+
+def informed_scores(gold: Tensor, nuisance: Tensor, rho: float, sharpness: float) -> Tensor:
+    """Return the reference's log-probabilities before normalisation; gold and nuisance are standardised."""
+    return sharpness * (rho * gold + math.sqrt(1 - rho**2) * nuisance)
+
+
 def joined(worlds: list[Worlds]) -> Worlds:
     """Put worlds of equal sizes side by side."""
     pairs = Pairs(*(torch.cat(field) for field in zip(*(w.pairs for w in worlds), strict=True)))
     held_out = HeldOut(*(torch.cat(field) for field in zip(*(w.held_out for w in worlds), strict=True)))
     seeds, rhos = (sum((getattr(w, name) for w in worlds), ()) for name in ("seed", "rho"))
-    return Worlds(pairs, held_out, seeds, rhos)
+    if worlds[0].calibration is None:
+        return Worlds(pairs, held_out, seeds, rhos)
+    fields = zip(*(w.calibration for w in worlds if w.calibration is not None), strict=True)
+    return Worlds(pairs, held_out, seeds, rhos, Pairs(*map(torch.cat, fields)))
 
 
 def preference_pairs(

@@ -19,7 +19,13 @@ NEEDS_MODEL = [
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("01_quickstart.ipynb", marks=NEEDS_MODEL), "02_margins.ipynb", "03_bandit_study.ipynb"]
+    "name",
+    [
+        pytest.param("01_quickstart.ipynb", marks=NEEDS_MODEL),
+        "02_margins.ipynb",
+        "03_bandit_study.ipynb",
+        "04_lm_ablation.ipynb",
+    ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_notebook_runs(name: str) -> None:

@@ -41,6 +41,15 @@ def test_a_paired_interval_ignores_what_seeds_have_in_common():
     assert paired(seeds, seeds) == Difference(0.0, 0.0, 0.0, 1.0, 4)
 
 
+def test_two_seeds_that_agree_on_a_share_of_few_prompts_prove_nothing():
+    """Shares of 16 prompts, ties half: neighbouring values are 1/32 apart; t(1) = 12.706."""
+    by_chance = paired([0.25, 0.5], [0.3125, 0.5625], step=1 / 32)
+    assert by_chance.mean == -0.0625
+    assert by_chance.high - by_chance.mean == pytest.approx(12.706 / 32 * math.sqrt(1 / 6 / 2), rel=1e-3)
+    assert verdict(by_chance, 0.02) == "cannot tell"
+    assert paired([0.25, 0.5], [0.25, 0.5], step=1 / 32) == Difference(0.0, 0.0, 0.0, 1.0, 2)
+
+
 def test_an_interval_covers_the_truth_as_often_as_it_says():
     draws = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
     covered = sum(found.low <= 0 <= found.high for found in (paired(row, [0.0] * 5) for row in draws)) / 4000
