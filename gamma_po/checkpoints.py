@@ -1,30 +1,30 @@
-"""What goes into a checkpoint: plain values, trained weights, state of loss and margin; no code, no reference."""
+"""What goes into a checkpoint: plain values, trained weights, state of loss and margin; no code, no reference.
+
+A checkpoint is written beside its place and renamed, so that under its name there is only ever a whole one.
+"""
 
 from __future__ import annotations
 
-import logging
+import os
+import shutil
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from gamma_po.errors import ConfigError
 from gamma_po.losses import Loss
-from gamma_po.margins import Margin
+from gamma_po.margins import KLPool, KLSolver, Margin
 from gamma_po.margins.maps import MapShape
 from gamma_po.objective import StepState
 from gamma_po.registry import plain_config
+from gamma_po.saved import PREVIOUS
 from gamma_po.state import state_from_plain
 
-log = logging.getLogger(__name__)
-
+PARTIAL = ".partial"
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
-METHOD = ("loss", "margin", "lora")
-TRAINING = ("optimizer", "schedule", "warmup_ratio", "seed")
-PLACE = ("policy", "reference")  # also reference_model
-BESIDE_SHARDS = "meta.pt"  # Lightning's file for all but weights and optimizer in a sharded checkpoint
 
 
 def plain_hparams(hparams: MutableMapping[str, Any]) -> None:
@@ -39,126 +39,69 @@ def plain_hparams(hparams: MutableMapping[str, Any]) -> None:
         if callable(value) and not isinstance(value, (Loss, Margin)):
             del hparams[key]
         else:
-            hparams[key] = plain_config(value, with_class_path=(Loss, Margin, MapShape))
+            hparams[key] = plain_config(value, with_class_path=(Loss, Margin, MapShape, KLSolver, KLPool))
     hparams["_instantiator"] = INSTANTIATOR
 
 
-def settings_file(path: Path, *, strategy: str, weights_only: bool) -> Path:
-    """Return the file that holds a checkpoint's settings: the checkpoint, or a file among its shards.
+def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> None:
+    """Write a checkpoint whole or not at all, whatever ends this process at whatever moment. All ranks take part.
+
+    A file takes the place of another in one step. A folder of shards cannot: the old one waits under another name
+    (`last.ckpt.previous`) until the new one is in its place, and `ckpt_path: last` looks for it there, too.
 
     Args:
-        path: a file or a folder, which exists.
-        strategy: the trainer's.
-        weights_only: nothing may be unpickled; torch unpickles parts of every sharded checkpoint.
-
-    Raises:
-        ConfigError: the folder is no sharded checkpoint, or cannot be loaded with this strategy or this safely.
+        trainer: in training.
+        path: of the file, or of the folder with a strategy that saves shards.
+        weights_only: leave out what continues the training.
     """
-    if not path.is_dir():
-        return path
-    given = f"ckpt_path={str(path)!r}"
-    if not (path / BESIDE_SHARDS).is_file():
-        raise ConfigError(f"{given} is a folder, but no sharded checkpoint: it holds no {BESIDE_SHARDS}")
-    if "ModelParallelStrategy" not in strategy:
-        raise ConfigError(
-            f"{given} is a sharded checkpoint; allowed with it: trainer.strategy: ModelParallelStrategy. For others, "
-            "write single files: trainer.strategy.init_args.save_distributed_checkpoint: false"
-        )
-    if weights_only:
-        raise ConfigError(
-            f"{given} is a sharded checkpoint, and loading one can run code hidden in it. If you wrote it, add "
-            "--weights_only false. Single files have no such problem: "
-            "trainer.strategy.init_args.save_distributed_checkpoint: false"
-        )
-    return path / BESIDE_SHARDS
+    partial = path.with_name(path.name + PARTIAL)
+    if trainer.is_global_zero:
+        _remove(partial)  # left by a process that was killed
+    trainer.strategy.barrier("save_whole")
+    trainer.save_checkpoint(partial, weights_only)
+    if trainer.is_global_zero:
+        _to_disk(partial)
+        previous = path.with_name(path.name + PREVIOUS)
+        if partial.is_dir() or path.is_dir():
+            _remove(previous)
+            if path.exists():
+                path.rename(previous)
+        os.replace(partial, path)
+        _remove(previous)
+    trainer.strategy.barrier("save_whole")
 
 
-def check_same_settings(saved: dict[str, Any], given: dict[str, Any], *, training: bool) -> None:
-    """Compare the settings a checkpoint was written with to those of the run that is to use it.
+def straighten_progress(loops: dict[str, Any], epoch: int) -> None:
+    """Correct, in place, what Lightning 2.6 counts wrongly in a run that went on from the end of an epoch.
 
-    What makes it another method (loss, margin, adapters; for training also optimizer, schedule and seed) must be
-    equal. Where the model lies and how it is computed may differ, with a warning.
+    Such a run counts one begun epoch, and one completed batch, too few; a run that goes on from *its* checkpoints
+    would train an epoch twice.
 
     Args:
-        saved: the checkpoint's hyper-parameters, plain.
-        given: the run's, plain, in the same form.
-        training: the run continues the training.
-
-    Raises:
-        ConfigError: naming every difference.
+        loops: of a checkpoint.
+        epoch: whose batches are being given out, from 0.
     """
-    before, now = _flat_settings(saved), _flat_settings(given)
-    groups = {key.split(".")[0] for key in before}
-    keys = [key for key in sorted({*before, *now}) if key.split(".")[0] in groups]
-    different = [
-        f"model.{key}: {before.get(key, 'not set')} in the checkpoint, {now.get(key, 'not set')} here"
-        for key in keys
-        if before.get(key, "not set") != now.get(key, "not set")
-    ]
-    method = METHOD + (TRAINING if training else ())
-    refused = [line for line in different if line.removeprefix("model.").startswith(method)]
-    if refused:
-        raise ConfigError(
-            f"the checkpoint was written with other settings: {'; '.join(refused)}. Give the same settings, e.g. with "
-            "--config and the config.yaml of the run that wrote it"
-        )
-    for line in different:
-        if line.removeprefix("model.").startswith(PLACE):
-            log.warning("%s: the run uses what is given here", line)
+    epochs, batches = loops["fit_loop"]["epoch_progress"], loops["fit_loop"]["epoch_loop.batch_progress"]
+    if epochs["current"]["completed"] == epoch:  # it is not over
+        epochs["current"] |= {"ready": epoch + 1, "started": epoch + 1}
+    epochs["total"] = dict(epochs["current"])
+    under_way = batches["current"]["processed"] - batches["current"]["completed"]
+    batches["total"]["completed"] = batches["total"]["processed"] - under_way
 
 
-def check_same_accumulation(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> None:
-    """Refuse to continue a training with optimizer steps of another size.
-
-    Args:
-        checkpoint: as loaded.
-        accumulate_grad_batches: the trainer's.
-
-    Raises:
-        ConfigError: the checkpoint was written with another number.
-    """
-    saved = checkpoint.get("accumulate_grad_batches", accumulate_grad_batches)  # absent from older checkpoints
-    if saved != accumulate_grad_batches:
-        raise ConfigError(
-            f"the checkpoint was written with trainer.accumulate_grad_batches={saved}, this run has "
-            f"{accumulate_grad_batches}: its steps would hold another number of pairs; give "
-            f"--trainer.accumulate_grad_batches {saved}"
-        )
+def _to_disk(path: Path) -> None:
+    """Wait until files are on the disk and not only on their way to it."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
 
 
-def check_end_of_training(checkpoint: dict[str, Any], *, max_steps: int, max_epochs: int | None) -> None:
-    """Refuse limits with which Lightning 2.6 counts a finished epoch twice and stops an epoch early, or at once.
-
-    Args:
-        checkpoint: as loaded.
-        max_steps: the trainer's, -1 for no limit.
-        max_epochs: the trainer's, -1 or None for no limit.
-
-    Raises:
-        ConfigError: both limits are set and the checkpoint stands between two epochs.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-    between_epochs = progress["processed"] == progress["started"]
-    if between_epochs and max_steps != -1 and max_epochs not in (-1, None):
-        raise ConfigError(
-            f"trainer.max_steps={max_steps} and trainer.max_epochs={max_epochs} are both set, and the checkpoint "
-            "stands between two epochs: the run would stop an epoch early; add --trainer.max_epochs -1 or "
-            "--trainer.max_steps -1"
-        )
-
-
-def _flat_settings(value: Any, key: str = "") -> dict[str, Any]:
-    """Dotted keys to values; classes by their bare names."""
-    if not isinstance(value, dict):
-        name = str(value).rpartition(".")[2] if key.endswith("class_path") else value
-        return {key: name}
-    flat: dict[str, Any] = {}
-    for name, inner in value.items():
-        if name == "init_args":
-            flat |= _flat_settings(inner, key)
-        elif not name.startswith("_"):
-            flat |= _flat_settings(inner, f"{key}.{name}".removeprefix("."))
-    return flat
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def slim_state_dict(module: LightningModule, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import shutil
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,9 +32,15 @@ from gamma_po.adapters import DESCRIPTION, adapter_folder, check_tied, keep_star
 from gamma_po.errors import ConfigError, require
 from gamma_po.fused_lora import fuse_lora
 from gamma_po.packages import PACKAGE_PREFIX, package_file
+from gamma_po.progress import track
+from gamma_po.ranks import current_ranks
 from gamma_po.rundirs import free_path
+from gamma_po.weight_files import empty_model, source_of, stand_ins
 
-LOAD_ERRORS = (OSError, ImportError, ValueError)  # not there; a package is missing; architecture or its code refused
+log = logging.getLogger(__name__)
+
+# Not there; a package is missing; architecture or its code refused; weights of other shapes; files cut short.
+LOAD_ERRORS = (OSError, ImportError, ValueError, RuntimeError, SafetensorError, struct.error)
 FINGERPRINT_VERSION = "2"  # raised when the same weights come to give other numbers here
 NOT_COMPUTED_WITH = {"transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,7 +148,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**location)
     except LOAD_ERRORS as error:
-        raise ConfigError(f"no tokenizer could be loaded from {config.path!r}: {_first_line(error)}") from error
+        raise ConfigError(
+            f"no tokenizer could be loaded from {config.path!r}: {_first_line(error)}; allowed: a hub name "
+            "or folder with the tokenizer's files, a .gguf file, package:NAME"
+        ) from error
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -180,6 +192,30 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model.eval()
 
 
+def load_parts(config: ModelConfig) -> PreTrainedModel:
+    """Load a model that is going to be sharded: without its weights, where these can be read a part at a time.
+
+    `shard` then gives each process its part. Models in other formats than safetensors, and those with an adapter to
+    merge, come whole.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
+    plain = config.quantization is None and config.adapter is None and not _is_gguf(config)
+    try:
+        model = empty_model(_location(config), DTYPES[config.dtype], config.attention) if plain else None
+    except LOAD_ERRORS:
+        model = None  # `load_model` fails in the same way, and says why
+    if model is None:
+        log.warning("%s is loaded whole by every process before it is sharded", config.path)
+        return load_model(config)
+    return model
+
+
+def _is_gguf(config: ModelConfig) -> bool:
+    return config.path.startswith(PACKAGE_PREFIX) or config.path.endswith(".gguf")
+
+
 def _quantization(config: ModelConfig) -> BitsAndBytesConfig | None:
     if config.quantization is None:
         return None
@@ -210,7 +246,8 @@ def attach_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        with torch.random.fork_rng():
+        here = stand_ins(model) if next(model.parameters()).is_meta else nullcontext()
+        with torch.random.fork_rng(), here:
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -227,7 +264,8 @@ def attach_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
 def fingerprint(model: nn.Module) -> str:
     """Hash of the settings and all weights (names, dtypes, shapes, values): equal ones mean equal models.
 
-    Sharded weights are brought together one by one, so all processes must take part.
+    Sharded weights are brought together one by one, so all processes must take part. Weights that are not loaded yet
+    are read from their files.
     """
     digest = hashlib.sha256(FINGERPRINT_VERSION.encode())
     config = getattr(model, "config", None)
@@ -236,8 +274,12 @@ def fingerprint(model: nn.Module) -> str:
             key: value for key, value in config.to_dict().items() if key not in NOT_COMPUTED_WITH and key[0] != "_"
         }
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    weights, missing = sorted(model.state_dict().items()), source_of(model)
+    for name, tensor in track(weights, "fingerprint of the weights", visible=current_ranks().rank == 0):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.is_meta:
+            files, place = missing[name]
+            tensor = files.read(place).to(tensor.dtype)
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gamma_po.errors import ConfigError, DataError
+
+SHARED_ERRORS = (ConfigError, DataError, FloatingPointError)  # what a rank may find wrong with its own part
+SEPARATOR = "\x00"  # between the ranks' messages
 
 
 class Gathered(NamedTuple):
@@ -65,6 +72,8 @@ class Distributed(Ranks):
         """Gather counts first, then rows padded to the longest rank."""
         home, values = values.device, self._reachable(values.detach()).contiguous()
         counts = [int(n) for n in self._gather_equal(torch.tensor([values.shape[0]], device=values.device))]
+        if not any(counts):
+            return Gathered(values.to(home), 0)
         padded = values.new_zeros((max(counts), *values.shape[1:]))
         padded[: values.shape[0]] = values
         pieces = [rows[:count] for rows, count in zip(self._gather_equal(padded), counts, strict=True)]
@@ -91,3 +100,36 @@ def current_ranks() -> Ranks:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return Distributed()
     return Local()
+
+
+@contextmanager
+def as_one(ranks: Ranks) -> Iterator[None]:
+    """Raise on every rank what one of them raises inside, so that none waits forever for a rank that has stopped.
+
+    Every rank must come here, and the block must not talk to the other ranks. The message is the same everywhere: that
+    of the rank, or those of the ranks, that found something wrong.
+
+    Args:
+        ranks: the processes of the run.
+
+    Raises:
+        ConfigError, DataError, FloatingPointError: as raised inside, on this rank or on another.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except SHARED_ERRORS as error:
+        if ranks.world_size == 1:
+            raise
+        own = error
+    if ranks.world_size == 1:
+        return
+    line = ""
+    if own is not None:
+        kind = next(number for number, one in enumerate(SHARED_ERRORS) if isinstance(own, one))
+        line = f"{kind} {str(own).replace(SEPARATOR, ' ')}{SEPARATOR}"
+    said = bytes(ranks.all_gather(torch.tensor(list(line.encode()), dtype=torch.uint8)).tolist()).decode()
+    found = list(dict.fromkeys(said.split(SEPARATOR)[:-1]))
+    if found:
+        first = SHARED_ERRORS[int(found[0].split(" ", 1)[0])]
+        raise first("; and on another process: ".join(line.split(" ", 1)[1] for line in found)) from own

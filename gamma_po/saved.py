@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
@@ -23,6 +25,9 @@ from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model, load_t
 
 ALLOWED = "allowed: a run directory, a .ckpt file, an exported adapter or model, a hub name, package:NAME"
 CHECKPOINTS = ("last.ckpt", "interrupted.ckpt")
+FORMAT_KEY, FORMAT = "gamma_po_format", 1  # raised when a checkpoint's parts come to mean something else
+BESIDE_SHARDS = "meta.pt"  # Lightning's file for all but weights and optimizer in a sharded checkpoint
+PREVIOUS = ".previous"  # a folder of shards while the next one takes its name
 RECORDS = ("config.yaml", "run.json")  # what marks a run directory
 Built = TypeVar("Built")
 
@@ -118,14 +123,79 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is no checkpoint of this program, damaged, or holds more than plain values.
     """
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{path}: cannot be read as plain tensors and values: {reason}") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= set(checkpoint):
-        raise ConfigError(f"{path}: not a checkpoint of this program (no state_dict and hyper_parameters)")
+    checkpoint = read_plain(path, needed=("state_dict", "hyper_parameters"))
+    check_format(checkpoint, str(path))
     return checkpoint
+
+
+def check_format(checkpoint: dict[str, Any], name: str) -> None:
+    """Refuse a checkpoint whose parts may mean something else than they do here.
+
+    Args:
+        checkpoint: as loaded.
+        name: of it, for the error.
+
+    Raises:
+        ConfigError: its format is newer than this program, is not known, or is not stated.
+    """
+    found = checkpoint.get(FORMAT_KEY)
+    if found == FORMAT:
+        return
+    if found is None:
+        reason = (
+            "it does not say its format: it was written by another program, or by a version of this one from before "
+            "formats had numbers"
+        )
+    elif isinstance(found, int) and found > FORMAT:
+        reason = f"its format is {found}, newer than this program: install the version that wrote it, or a later one"
+    else:
+        reason = f"its format {found!r} is not known"
+    raise ConfigError(f"{name}: {reason}; allowed: format {FORMAT}")
+
+
+class Found(NamedTuple):
+    """A checkpoint of a run."""
+
+    path: Path
+    step: int
+    callbacks: dict[str, Any]  # their states
+
+
+def furthest_checkpoint(run: Path) -> Found | None:
+    """Return the checkpoint of a run with the most optimizer steps: its last one, or one left by an interruption.
+
+    Raises:
+        ConfigError: one of them is damaged.
+    """
+    found = []
+    for name in (*CHECKPOINTS, *(f"{name}{PREVIOUS}" for name in CHECKPOINTS)):
+        path = run / "checkpoints" / name
+        settings = path / BESIDE_SHARDS if path.is_dir() else path
+        if settings.is_file():
+            values = read_plain(settings, needed=("global_step", "callbacks"))
+            found.append(Found(path, int(values["global_step"]), values["callbacks"]))
+    return max(found, key=lambda one: one.step, default=None)
+
+
+def read_plain(path: Path, *, needed: Sequence[str]) -> dict[str, Any]:
+    """Load a file that `torch.save` wrote, as plain tensors and values in a dictionary that has the `needed` keys.
+
+    Raises:
+        ConfigError: it is no such file, cut short, or holds more than plain values.
+    """
+    if not zipfile.is_zipfile(path):  # torch.save writes ZIP archives, whose directory stands at their end
+        raise ConfigError(f"{path}: not a checkpoint, or one that was cut short; allowed: a .ckpt file, whole")
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds other objects, and loading these can run code"
+        raise ConfigError(f"{path}: cannot be read as plain tensors and values: {reason}") from error
+    missing = [key for key in needed if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise ConfigError(f"{path}: not a checkpoint of this program (no {' and '.join(missing)})")
+    return found
 
 
 def run_of(path: Path) -> Path | None:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -17,6 +17,7 @@ from gamma_po.errors import ConfigError, require
 from gamma_po.policies import ModelConfig
 from gamma_po.ranks import current_ranks
 from gamma_po.scorer import CompletionScorer
+from gamma_po.weight_files import source_of
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"  # what Lightning calls the dimensions of its mesh
 # Trainer's precision -> what weights are gathered in (None: as they are) and gradients are summed in.
@@ -53,14 +54,14 @@ def check_sharding(config: ModelConfig, mesh: DeviceMesh, precision: str) -> Non
 
 
 def shard(scorer: CompletionScorer, mesh: DeviceMesh, precision: str) -> CompletionScorer:
-    """Shard a scorer in place: each process keeps 1/n of every weight.
+    """Shard a scorer in place: each process keeps 1/n of every weight, and reads no more of it if it is not loaded.
 
     A transformer block's weights are gathered when it runs and freed behind it; embedding, last norm and head belong
     to the scorer itself, and are gathered for its forward. Names of weights stay the same. From here on all processes
     must run equally many forwards, and only through the scorer's own call.
 
     Args:
-        scorer: the same weights on every process.
+        scorer: the same weights on every process, or none yet (`policies.load_parts`).
         mesh: of the processes, as Lightning makes it.
         precision: the trainer's.
 
@@ -70,7 +71,33 @@ def shard(scorer: CompletionScorer, mesh: DeviceMesh, precision: str) -> Complet
     how = {"mesh": mesh[DATA], "mp_policy": POLICIES[precision]}
     for block in transformer_blocks(scorer.model):
         fully_shard(block, **how)
-    return fully_shard(scorer, **how)
+    fully_shard(scorer, **how)
+    _read_own_part(scorer)
+    return scorer
+
+
+def _read_own_part(scorer: CompletionScorer) -> None:
+    """Give sharded parameters without memory their part of the weights, a tensor at a time."""
+    source = source_of(scorer)
+    places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several
+    for prefix, module in scorer.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                places.setdefault(id(parameter), []).append((module, name, f"{prefix}.{name}"))
+    for same in places.values():
+        (module, name, path), *_ = same
+        empty, (files, inside) = module._parameters[name], source[path]
+        assert empty.placements == (Shard(0),)
+        mesh = empty.device_mesh
+        share = -(-len(empty) // mesh.size())
+        start, end = (min(number * share, len(empty)) for number in (mesh.get_local_rank(), mesh.get_local_rank() + 1))
+        part = files.rows(inside, start, end).to(mesh.device_type, empty.dtype)
+        tensor = DTensor.from_local(
+            part, mesh, empty.placements, run_check=False, shape=empty.shape, stride=empty.stride()
+        )
+        filled = nn.Parameter(tensor, requires_grad=empty.requires_grad)
+        for owner, called, _ in same:
+            owner._parameters[called] = filled
 
 
 def transformer_blocks(model: PreTrainedModel | PeftModel) -> list[nn.Module]:

@@ -1,10 +1,15 @@
-"""Checkpoints belong to the run that writes them."""
+"""Checkpoints belong to the run that writes them, and are whole."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from weakref import proxy
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from gamma_po.checkpoints import save_whole
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -19,3 +24,11 @@ class RunCheckpoint(ModelCheckpoint):
         """Take over the record of earlier checkpoints where they lie in the same folder."""
         if state_dict.get("dirpath") == self.dirpath:
             super().load_state_dict(state_dict)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Write under another name first; Lightning copies onto the place itself from another file system."""
+        save_whole(trainer, Path(filepath), weights_only=self.save_weights_only)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(proxy(self))

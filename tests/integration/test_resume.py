@@ -114,7 +114,7 @@ def test_batches_cut_by_tokens_resume_exactly_and_only_with_the_same_settings(
     for change, message in (
         (["--data.length_window", "1"], "length_window=2, this run has length_window=1"),
         (["--data.length_window", "null"], "length_window=2.*, this run has .*length_window=not set"),
-        (["--trainer.accumulate_grad_batches", "4"], "accumulate_grad_batches=2, this run has 4"),
+        (["--trainer.accumulate_grad_batches", "4"], "=2, this run has accumulate_grad_batches=4: .* --resume anyway"),
     ):
         with pytest.raises(ConfigError, match=message):
             fit(tiny_model_path, tiny_data, tmp_path, [*resume, *change])
@@ -126,7 +126,7 @@ def test_another_number_of_accumulated_micro_batches_is_refused_also_between_epo
     options = ["--trainer.max_epochs", "2", "--checkpoint.save_top_k", "-1", "--trainer.accumulate_grad_batches", "2"]
     whole = fit(tiny_model_path, tiny_data, tmp_path, options)
     resume = [*options, "--ckpt_path", str(checkpoint_at(whole, 4))]
-    with pytest.raises(ConfigError, match=r"accumulate_grad_batches=2, this run has 1.*give --trainer.acc\w+ 2"):
+    with pytest.raises(ConfigError, match="accumulate_grad_batches=2, this run has accumulate_grad_batches=1"):
         fit(tiny_model_path, tiny_data, tmp_path, [*resume, "--trainer.accumulate_grad_batches", "1"])
     last = str(whole / "checkpoints" / "last.ckpt")
     run("validate", tiny_model_path, tiny_data, tmp_path, ["--ckpt_path", last])  # evaluation takes no steps

@@ -1,0 +1,307 @@
+"""Interruptions at any moment leave whole files or none; the next start finds what to go on from, or says why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from safetensors.torch import load_file
+
+from gamma_po.checkpoints import save_whole
+from gamma_po.cli import run as run_command
+from gamma_po.errors import ConfigError
+from gamma_po.saved import FORMAT_KEY, furthest_checkpoint, read_checkpoint
+from tests.integration.test_resume import (
+    EVERY_STEP,
+    LORA,
+    assert_identical,
+    assert_same_ending,
+    checkpoint_at,
+    last_state,
+    rows_by_step,
+    start,
+    wait_for,
+)
+from tests.runs import arguments, fit, run
+from tests.tiny import tiny_rows, write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDED = ["--pair_recorder.every_n_steps", "1"]
+
+
+def soak(model: str, data: dict[str, str], root: Path, how: list[str], options: list[str]) -> dict[str, Any]:
+    """Run `python -m experiments.soak` on the tiny model; return its figures."""
+    given = arguments(model, data, root, options)
+    command = [sys.executable, "-m", "experiments.soak", "--work", str(root / "soak"), *how, "--", *given]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_training_killed_at_random_moments_ends_with_the_same_bits(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = [*LORA, "--trainer.max_epochs", "3", "--checkpoint.every_n_train_steps", "1"]
+    figures = soak(tiny_model_path, tiny_data, tmp_path, ["--kills", "4", "--seed", "3"], options)
+    assert figures["kills"] == 4 and figures["restarts_at_the_last_checkpoint"] >= 1
+
+
+def test_sigterm_while_the_reference_is_scored_leaves_no_broken_cache_and_in_training_a_checkpoint(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "many.jsonl", tiny_rows(1200))
+    options = ["--data.train", str(rows), "--data.eval_batch_size", "1", *LORA, *RECORDED]
+    options += ["--trainer.limit_train_batches", "40", "--trainer.limit_val_batches", "0"]
+    command = ["fit", *arguments(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", "last"])]
+    process = start(command, tmp_path / "cache")
+    wait_for("cache/gamma_po/reference/*", tmp_path, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Traceback" not in errors
+    folder = tmp_path / "cache" / "gamma_po" / "reference"
+    assert {file.suffix for file in folder.rglob("*") if file.is_file()} <= {".safetensors", ".lock"}
+    for shard in folder.rglob("*.safetensors"):
+        load_file(shard)
+    process = start(command, tmp_path / "cache")
+    wait_for("runs/run/*/pairs/step-000002.parquet", tmp_path, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    (stopped,) = (tmp_path / "runs" / "run").glob("*/checkpoints/interrupted.ckpt")
+    step = torch.load(stopped, weights_only=True)["global_step"]
+    assert process.returncode == 1 and 2 <= step < 40 and "Traceback" not in errors
+    assert f"to continue, repeat the command with --ckpt_path {stopped}" in errors
+    whole = fit(tiny_model_path, tiny_data, tmp_path / "whole", options)
+    resumed = fit(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", "last"])
+    assert_same_ending(whole, resumed, step)
+
+
+def test_a_run_that_went_on_from_the_end_of_an_epoch_can_be_gone_on_from_at_the_end_of_another(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    """Lightning counts one epoch too few in such a run; its successor would train the last epoch twice."""
+    options = ["--model.lora.r", "4", "--trainer.max_epochs", "3", *EVERY_STEP, *RECORDED]
+    whole = before = fit(tiny_model_path, tiny_data, tmp_path, options)
+    for step in (8, 16):
+        resume = [*options, "--ckpt_path", str(checkpoint_at(before, step))]
+        before = fit(tiny_model_path, tiny_data, tmp_path, resume)
+        assert_same_ending(whole, before, step)
+    for _ in range(2):  # nothing is left to train; the policy is exported all the same
+        before = fit(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", _last(before)])
+        assert not list((before / "pairs").glob("*"))
+        ours, theirs = (load_file(run / "policy" / "adapter_model.safetensors") for run in (before, whole))
+        assert_identical(ours, theirs)
+
+
+def _last(run: Path) -> str:
+    """The run's last checkpoint; `last` where it wrote none."""
+    path = run / "checkpoints" / "last.ckpt"
+    return str(path) if path.exists() else "last"
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
+    """Options, and a run of two epochs with a checkpoint after every step."""
+    root = tmp_path_factory.mktemp("trained")
+    options = ["--model.lora.r", "4", "--trainer.max_epochs", "2", *EVERY_STEP, *RECORDED]
+    options += ["--data.cache_dir", str(root / "cache")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["gamma_po"])
+        return options, fit(tiny_model_path, tiny_data, root, options)
+
+
+FORMATS = {
+    "newer": (lambda c: c.update({FORMAT_KEY: 99}), r"its format is 99, newer than this program: install the version"),
+    "none": (lambda c: c.pop(FORMAT_KEY), r"does not say its format: .* from before formats had numbers; allowed"),
+    "unknown": (lambda c: c.update({FORMAT_KEY: "x"}), r"its format 'x' is not known; allowed: format 1"),
+}
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_a_checkpoint_of_another_format_is_refused_by_fit_by_export_and_when_it_is_loaded(
+    case: str, trained: tuple[list[str], Path], tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options, whole = trained
+    change, message = FORMATS[case]
+    checkpoint = torch.load(checkpoint_at(whole, 3), weights_only=True)
+    change(checkpoint)
+    path = tmp_path / "other.ckpt"
+    torch.save(checkpoint, path)
+    with pytest.raises(ConfigError, match=message):
+        read_checkpoint(path)
+    with pytest.raises(ConfigError, match=message):
+        fit(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", str(path)])
+    module = run("validate", tiny_model_path, tiny_data, tmp_path, ["--model.lora.r", "4"]).cli.model
+    with pytest.raises(ConfigError, match=message):
+        module.on_load_checkpoint(checkpoint)
+
+
+def test_last_and_best_mean_the_runs_of_the_same_name_and_are_checked_as_files_are(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.max_epochs", "2", *RECORDED, "--checkpoint.monitor", "val/loss"]
+    whole = fit(tiny_model_path, tiny_data, tmp_path / "whole", [*options, "--checkpoint.save_top_k", "-1"])
+    short = [*options, "--ckpt_path", "last"]  # nothing there: starts
+    first = fit(tiny_model_path, tiny_data, tmp_path, [*short, "--checkpoint.every_n_train_steps", "3"])
+    for last in first.glob("checkpoints/last.ckpt"):
+        last.write_bytes(next((whole / "checkpoints").glob("*step=8.ckpt")).read_bytes())
+    (tmp_path / "runs" / "run" / "not-a-run").mkdir()
+    resumed = fit(tiny_model_path, tiny_data, tmp_path, short)
+    assert_same_ending(whole, resumed, 8)
+    changed = arguments(tiny_model_path, tiny_data, tmp_path, [*short, "--model.loss.beta", "0.7"])
+    assert run_command(["fit", *changed]) == 2
+    assert "model.loss.beta: 0.1 in the checkpoint, 0.7 here" in capsys.readouterr().err
+    best = last_state(resumed)["callbacks"]["RunCheckpoint"]["best_model_path"]
+    run("validate", tiny_model_path, tiny_data, tmp_path, ["--ckpt_path", "best"])
+    assert Path(best).parent == resumed / "checkpoints"
+    empty = arguments(tiny_model_path, tiny_data, tmp_path / "none", ["--ckpt_path", "last"])
+    assert run_command(["test", *empty]) == 2
+    assert "no run in" in capsys.readouterr().err
+
+
+def test_what_lightning_finds_by_itself_is_checked_as_well(
+    trained: tuple[list[str], Path], tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    """`hpc` is SLURM's checkpoint, of which the command line knows nothing."""
+    options, whole = trained
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(checkpoint_at(whole, 3).read_bytes())
+    resume = [*options, "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", "hpc"]
+    assert_same_ending(whole, fit(tiny_model_path, tiny_data, tmp_path, resume), 3)
+    for change, message in {
+        ("--model.optimizer.lr", "0.1"): "optimizer.lr: 0.003 in the checkpoint, 0.1 here",
+        ("--trainer.gradient_clip_val", "1.0"): "gradient_clip_val=not set, this run has gradient_clip_val=1.0",
+        ("--trainer.max_epochs", "3"): "steps_in_all=16, this run has steps_in_all=24",
+        ("--data.layout", "packed"): "layout=padded, this run has layout=packed",
+        ("--trainer.precision", "bf16-mixed"): "precision=32-true, this run has precision=bf16-mixed",
+        ("--model.policy.dtype", "bfloat16"): "model.policy.dtype: float32 in the checkpoint, bfloat16 here",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            fit(tiny_model_path, tiny_data, tmp_path, [*resume, *change])
+
+
+def test_with_resume_anyway_the_training_goes_on_behind_the_same_pairs_with_the_options_given(
+    trained: tuple[list[str], Path], tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options, whole = trained
+    changed = [*options, "--data.batch_size", "8", "--model.optimizer.lr", "0.01", "--trainer.max_epochs", "3"]
+    changed += [
+        "--model.schedule",
+        "constant",
+        "--model.warmup_ratio",
+        "0",
+        "--ckpt_path",
+        str(checkpoint_at(whole, 6)),
+    ]
+    with pytest.raises(ConfigError, match=r"optimizer.lr: 0.003 in .*; --resume anyway goes on all the same"):
+        fit(tiny_model_path, tiny_data, tmp_path, changed)
+    done = run("fit", tiny_model_path, tiny_data, tmp_path, [*changed, "--resume", "anyway"])
+    before, after = rows_by_step(whole), rows_by_step(done.trainer_dir)
+    seen = [row for name in sorted(before)[:6] for row in before[name]]
+    rest = after["step-000007.parquet"]  # 32 pairs in an epoch, 24 are done: one batch of 8 is left
+    assert sorted(seen + rest) == list(range(32)) and len(after) == 1 + 2 * 4
+    assert {group["lr"] for group in done.cli.trainer.optimizers[0].param_groups} == {0.01}
+    other = [*changed, "--resume", "anyway", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
+    with pytest.raises(ConfigError, match=r"optimizer.class_path: AdamW in the checkpoint, SGD here"):
+        fit(tiny_model_path, tiny_data, tmp_path, other)
+
+
+def test_accumulation_that_follows_the_epoch_is_refused(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    scheduler = f"{GradientAccumulationScheduler.__module__}.GradientAccumulationScheduler"
+    for scheduling in ("{0: 1, 1: 2}", "{0: 2}"):
+        options = ["--trainer.callbacks", scheduler, "--trainer.callbacks.scheduling", scheduling]
+        with pytest.raises(
+            ConfigError, match=r"GradientAccumulationScheduler.*allowed: trainer.accumulate_grad_batches"
+        ):
+            fit(tiny_model_path, tiny_data, tmp_path, options)
+
+
+class Torn(Exception):
+    """Stands for the end of a process."""
+
+
+class Saver:
+    """A trainer that writes a file, or a folder of shards, and may end in the middle."""
+
+    is_global_zero = True
+    strategy = type("Strategy", (), {"barrier": staticmethod(lambda name: None)})()
+
+    def __init__(self, content: str, *, shards: bool, torn: bool = False) -> None:
+        self.content, self.shards, self.torn = content, shards, torn
+
+    def save_checkpoint(self, path: Path, weights_only: bool) -> None:
+        if self.shards:
+            path.mkdir()
+            (path / "a").write_text(self.content)
+        else:
+            path.write_text(self.content)
+        if self.torn:
+            raise Torn
+        if self.shards:
+            (path / "b").write_text(self.content)
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["file", "shards"])
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(shards: bool, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+
+    def content() -> set[str]:
+        return {file.read_text() for file in ([path / "a", path / "b"] if shards else [path])}
+
+    save_whole(Saver("one", shards=shards), path)
+    with pytest.raises(Torn):
+        save_whole(Saver("two", shards=shards, torn=True), path)
+    assert content() == {"one"}
+    save_whole(Saver("three", shards=shards), path)
+    assert content() == {"three"} and [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class Evil:
+    """Would write a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_run_directory_from_elsewhere_runs_no_code_and_leads_to_no_other_file(
+    trained: tuple[list[str], Path], tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options, whole = trained
+    run_ = tmp_path / "runs" / "run" / "20990101-000000"
+    (run_ / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "run.json"):
+        (run_ / name).write_text("!!python/object/apply:pathlib.Path.touch [ran]")
+    checkpoint = torch.load(checkpoint_at(whole, 3), weights_only=True)
+    best = checkpoint["callbacks"]["RunCheckpoint"]
+    best["best_model_path"] = str(checkpoint_at(whole, 5))  # is there, but in another run
+    torch.save(checkpoint, run_ / "checkpoints" / "last.ckpt")
+    with pytest.raises(ConfigError, match="has no best checkpoint; allowed: last, or a file"):
+        fit(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", "best"])
+    torch.save(checkpoint | {"extra": Evil(tmp_path / "ran")}, run_ / "checkpoints" / "last.ckpt")
+    for path in ("last", str(run_ / "checkpoints" / "last.ckpt")):
+        with pytest.raises(ConfigError, match="loading these can run code"):
+            fit(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", path])
+    assert not list(tmp_path.rglob("ran")) and not Path("ran").exists()
+
+
+def test_shards_that_wait_for_their_successor_are_found(trained: tuple[list[str], Path], tmp_path: Path) -> None:
+    """A process killed between two renames leaves no `last.ckpt`."""
+    waiting = tmp_path / "checkpoints" / "last.ckpt.previous"
+    waiting.mkdir(parents=True)
+    torch.save(torch.load(checkpoint_at(trained[1], 5), weights_only=True), waiting / "meta.pt")
+    found = furthest_checkpoint(tmp_path)
+    assert found is not None and (found.path, found.step) == (waiting, 5)
