@@ -25,7 +25,7 @@ After training (a policy is a run directory, a checkpoint, an exported folder, o
   evaluate   pair accuracy of implicit rewards by subset; win rates from a judge's annotations
 
 Studies:
-  study      does γ help? `study bandit`, `study alpacaeval`: arms, controls, intervals, verdicts
+  study      does γ help? `study bandit`, `alpacaeval`, `lm`: arms, controls, intervals, verdicts; `study calibrate`
 
 Looking things up:
   losses     the losses: formula, options with defaults, paper

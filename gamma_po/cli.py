@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -18,15 +18,19 @@ from gamma_po.callbacks import GammaStatistics, MarginHistograms, NonFiniteGuard
 from gamma_po.callbacks.checkpoint import RunCheckpoint
 from gamma_po.callbacks.export import ExportPolicy
 from gamma_po.callbacks.interruption import StopBetweenSteps
+from gamma_po.callbacks.monitors import LearningRate, Throughput
 from gamma_po.callbacks.predictions import PredictionWriter
 from gamma_po.callbacks.report import Report
 from gamma_po.callbacks.run_record import RunRecord
-from gamma_po.checkpoints import check_end_of_training, check_same_settings, settings_file
+from gamma_po.callbacks.samples import Samples
 from gamma_po.data.datamodule import PreferenceDataModule
-from gamma_po.errors import ConfigError, DataError
+from gamma_po.errors import ConfigError, DataError, require
+from gamma_po.files import DISK_ADVICE, disk_refuses
 from gamma_po.module import PreferenceModule
-from gamma_po.parsing import SEEDS, check_carried_options, explain
+from gamma_po.parsing import SEEDS, check_carried_options, check_config_files, explain, refusal
+from gamma_po.resuming import Resume, check_end_of_training, check_same_settings, named_checkpoint, settings_file
 from gamma_po.rundirs import RunDirectory
+from gamma_po.saved import check_format, read_plain
 
 CALLBACKS = {
     "guard": NonFiniteGuard,
@@ -34,11 +38,20 @@ CALLBACKS = {
     "histograms": MarginHistograms,
     "pair_recorder": PairRecorder,
     "plots": RunPlots,
+    "throughput": Throughput,
+    "learning_rate": LearningRate,
+    "samples": Samples,
     "checkpoint": RunCheckpoint,
     "export": ExportPolicy,
     "report": Report,
 }
-CHECKPOINT_KEYWORDS = ("best", "last", "hpc", "registry")
+OUR_KEYWORDS = ("best", "last")  # of the runs of the same name
+LIGHTNING_KEYWORDS = ("hpc", "registry")
+RESUME = (
+    "What a checkpoint (--ckpt_path) of other settings means. exact: refuse it if the training would not go on bit for "
+    "bit as if it had not been interrupted. anyway: say what differs, and go on with what is given here."
+)
+log = logging.getLogger(__name__)
 
 
 class Parser(LightningArgumentParser):
@@ -67,6 +80,14 @@ def _actions(parser: Any) -> list[Any]:
     """The actions of a parser and of its subcommands."""
     inner = [sub for action in parser._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
     return [*parser._actions, *(action for sub in inner[:1] for action in sub._actions)]
+
+
+def _check_values(config: Any) -> None:
+    """Check values of Lightning's own options that it takes and then fails on."""
+    seed, accumulate = config["seed_everything"], config["trainer"]["accumulate_grad_batches"]
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed_everything={seed}: give {SEEDS}")
+    require(accumulate >= 1, "trainer.accumulate_grad_batches", accumulate, "an integer >= 1")
 
 
 def _tensorboard(place: dict[str, Any]) -> list[TensorBoardLogger]:
@@ -106,33 +127,71 @@ class PreferenceCLI(LightningCLI):
         """Parse, unless options of one loss or margin would silently pass to another."""
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list):
+            check_config_files(words)
             check_carried_options(words)
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        seed = self.config[command]["seed_everything"] if command else 0
-        if not 0 <= seed < 2**32:
-            raise ConfigError(f"seed_everything={seed}: give {SEEDS}")
+        if command:
+            _check_values(self.config[command])
         if command and self.config[command]["weights_only"] is None:
             self.config[command]["weights_only"] = True  # a checkpoint from elsewhere must not run code
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Add to `fit` what a checkpoint of other settings means."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument("--resume", type=Resume, default="exact", help=RESUME)
+        return parser
+
     def _parse_ckpt_path(self) -> None:
-        """Check the settings against the checkpoint's; Lightning would overwrite them with the checkpoint's."""
+        """Check the settings against the checkpoint's; Lightning would overwrite them with the checkpoint's.
+
+        The module checks again what is loaded, also where Lightning alone knows what that is (`hpc`, `registry`).
+        """
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
-        if path is None or path in CHECKPOINT_KEYWORDS:
+        if path in OUR_KEYWORDS:
+            path = self.config[command]["ckpt_path"] = self._checkpoint_of_runs(command, path)
+        if path is None or path in LIGHTNING_KEYWORDS:
             return
         if not Path(path).exists():
-            raise ConfigError(f"ckpt_path={path!r}: no such file; allowed: a checkpoint of this program")
+            raise ConfigError(f"ckpt_path={path!r}: no such file; allowed: a checkpoint of this program, last, best")
         given = self.config[command]
         strategy, weights_only = str(given["trainer"]["strategy"]), given["weights_only"]
         settings = settings_file(Path(path), strategy=strategy, weights_only=weights_only)
-        checkpoint = torch.load(settings, weights_only=True, map_location="cpu", mmap=True)
+        needed = ("hyper_parameters", "loops") if command == "fit" else ("hyper_parameters",)
+        checkpoint = read_plain(settings, needed=needed)
+        check_format(checkpoint, path)
         self._dump_config()
-        saved = checkpoint.get("hyper_parameters", {})
-        check_same_settings(saved, self.config_dump["model"], training=command == "fit")
+        saved, resume = checkpoint["hyper_parameters"], given.get("resume", "exact")
+        check_same_settings(saved, self.config_dump["model"], training=command == "fit", resume=resume)
         if command == "fit":
             limits = given["trainer"]
             check_end_of_training(checkpoint, max_steps=limits["max_steps"], max_epochs=limits["max_epochs"])
+
+    def _checkpoint_of_runs(self, command: str, keyword: str) -> str | None:
+        """Find `last` or `best` among the runs of this name; without any, `fit` starts and others fail."""
+        run = self.config[command]["run"]
+        folder = RunDirectory(run["root"], run["name"]).parent
+        found = named_checkpoint(keyword, folder)
+        if found is None and command != "fit":
+            raise ConfigError(f"ckpt_path={keyword!r}: no run in {str(folder)!r} has a checkpoint")
+        said = f"no run in {folder} has a checkpoint: training starts" if found is None else f"going on from {found}"
+        log.warning("ckpt_path=%s: %s", keyword, said)
+        return None if found is None else str(found)
+
+    def instantiate_classes(self) -> None:
+        """Make module, data module and trainer; what a class says against its options is a configuration error.
+
+        Where an option may hold one of several things, jsonargparse wraps what the class has said.
+        """
+        try:
+            super().instantiate_classes()
+            self.model.resume = self._get(self.config_init, "resume", default="exact")
+        except (ConfigError, DataError, MisconfigurationException):
+            raise
+        except (ValueError, ImportError) as error:
+            raise ConfigError(refusal(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its directory, with a CSV log in it, and a TensorBoard log unless a logger is configured.
@@ -178,7 +237,8 @@ def run(arguments: list[str] | None = None) -> int:
         arguments: of the command line, the command first; those of the process if None.
 
     Returns:
-        0; 2 after a wrong configuration or wrong data; 1 where the numbers broke; 130 if interrupted early.
+        0; 2 after a wrong configuration or wrong data; 1 where the numbers broke or the disk is full; 130 if
+        interrupted early.
     """
     try:
         PreferenceCLI(None if arguments == sys.argv[1:] else arguments)
@@ -187,6 +247,11 @@ def run(arguments: list[str] | None = None) -> int:
         return 2
     except FloatingPointError as error:
         sys.stderr.write(f"stopped: {error}\n")
+        return 1
+    except OSError as error:
+        if not disk_refuses(error):
+            raise
+        sys.stderr.write(f"stopped: {error}; {DISK_ADVICE}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

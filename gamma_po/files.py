@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from pathlib import Path
+
+DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+DISK_ADVICE = (
+    "the disk takes no more; files that were finished before are whole. Free some space, then repeat the command; "
+    "`fit` goes on from --ckpt_path RUN/checkpoints/last.ckpt"
+)
 
 
 def write_text(path: Path, content: str) -> None:
     """Write text beside the target and rename it into place."""
     write_bytes(path, content.encode())
+
+
+def disk_refuses(error: OSError) -> bool:
+    """Whether a disk is full, over its quota, or read-only."""
+    return error.errno in DISK_REFUSES
 
 
 def write_bytes(path: Path, content: bytes) -> None:

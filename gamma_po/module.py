@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,15 +16,15 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gamma_po.attention import SEGMENTS
 from gamma_po.checkpoints import (
-    check_same_accumulation,
     keep_trained_weights,
     load_step_state,
     plain_hparams,
     slim_state_dict,
+    straighten_progress,
     trained_names,
 )
 from gamma_po.data.dataset import PairDataset
@@ -49,10 +49,21 @@ from gamma_po.policies import (
     attach_lora,
     evaluating,
     load_model,
+    load_parts,
     load_tokenizer,
 )
-from gamma_po.ranks import Ranks, current_ranks
+from gamma_po.ranks import Ranks, as_one, current_ranks
 from gamma_po.reference import Reference, ReferenceSource, check_agreement, check_reference_is_used
+from gamma_po.resuming import (
+    Resume,
+    check_accumulation,
+    check_end_of_training,
+    check_same_run,
+    check_same_settings,
+    go_on_as_given,
+    run_settings,
+)
+from gamma_po.saved import FORMAT, FORMAT_KEY, check_format
 from gamma_po.schedules import Schedule, warmup_then
 from gamma_po.scorer import CompletionScorer, check_layout
 from gamma_po.sharding import check_sharding, gathered_in, shard
@@ -80,6 +91,7 @@ class PreferenceModule(LightningModule):
     """
 
     strict_loading = False
+    resume: Resume = "exact"  # or "anyway": a training goes on with other settings than its checkpoint's
 
     def __init__(
         self,
@@ -112,7 +124,8 @@ class PreferenceModule(LightningModule):
         self.loss, self.margin = loss, margin.bind(loss)
         self.loss_state, self.margin_state = self.loss.init(), self.margin.init()
         self.gradient_checkpointing = gradient_checkpointing
-        self.optimizer_factory, self.schedule, self.warmup_ratio = optimizer, schedule, warmup_ratio
+        self.optimizer_factory = _as_configured(optimizer)
+        self.schedule, self.warmup_ratio = schedule, warmup_ratio
         check_reference_is_used(self.loss, self.margin, reference, reference_model)
         self.reference: Reference | None = None
         self.reference_cost: dict[str, CachedLogps] = {}
@@ -128,6 +141,9 @@ class PreferenceModule(LightningModule):
         self.last_output: LossOutput | None = None
         self.last_batch: PreferenceBatch | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._given_options: list[dict[str, Any]] = []  # of the optimizer's groups, before a checkpoint's come
+        self._steps_in_all: dict[str, Any] = {}
+        self._steps_before: dict[str, Any] | None = None  # of the checkpoint
 
     # --- what there is -------------------------------------------------------------------------------------
 
@@ -148,11 +164,14 @@ class PreferenceModule(LightningModule):
         if self.policy is not None:
             return
         self._prepare_sharding()
-        model = load_model(self.policy_config)
-        layout = getattr(getattr(self._trainer, "datamodule", None), "layout", "padded")
+        model = self._load(self.policy_config)
+        datamodule = getattr(self._trainer, "datamodule", None)
+        layout = getattr(datamodule, "layout", "padded")
         check_layout(layout, model, self.policy_config.attention)
+        if hasattr(datamodule, "check_vocabulary"):
+            datamodule.check_vocabulary(model.get_input_embeddings().num_embeddings)
         if self.reference is not None:
-            self.reference.load(model, layout, self._placed)
+            self.reference.load(model, layout, self._placed, self._load)
         if self.lora is not None:
             model = attach_lora(model, self.lora, seed=self.seed)
         if self.gradient_checkpointing:
@@ -175,6 +194,10 @@ class PreferenceModule(LightningModule):
             check_sharding(config, self.device_mesh, self.trainer.precision)
         self.register_state_dict_post_hook(keep_trained_weights)
 
+    def _load(self, config: ModelConfig) -> PreTrainedModel:
+        """Load a model; where it is going to be sharded, without weights, of which each process then reads its part."""
+        return load_model(config) if self.device_mesh is None else load_parts(config)
+
     def _placed(self, scorer: CompletionScorer) -> CompletionScorer:
         """Shard a model that was just loaded, where the strategy shards."""
         return scorer if self.device_mesh is None else shard(scorer, self.device_mesh, self.trainer.precision)
@@ -182,15 +205,17 @@ class PreferenceModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The given optimizer over what is trainable, with warm-up and schedule per step."""
         assert self.policy is not None
+        check_accumulation(self.trainer)
         optimizer = self.optimizer_factory([p for p in self.policy.parameters() if p.requires_grad])
         total_steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(total_steps):
             raise ConfigError("the schedule needs a known number of steps: set trainer.max_steps or trainer.max_epochs")
         factor = warmup_then(self.schedule, total_steps=int(total_steps), warmup_ratio=self.warmup_ratio)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
-        }
+        ends = self.schedule != "constant" or self.warmup_ratio > 0  # the learning rate depends on the number of steps
+        self._steps_in_all = {"steps_in_all": int(total_steps) if ends else "any"}
+        schedule = LambdaLR(optimizer, factor)
+        self._given_options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def configure_gradient_clipping(
         self,
@@ -228,7 +253,8 @@ class PreferenceModule(LightningModule):
         if not self.training:
             counts = batch.weight > 0
             evidence, rows = evidence.map(lambda value: value[counts]), rows[counts]
-        check_finite(self.loss.rewards(evidence).margin, rows, self.trainer.global_step if self._trainer else 0)
+        with as_one(self.ranks):
+            check_finite(self.loss.rewards(evidence).margin, rows, self.trainer.global_step if self._trainer else 0)
         here = state_to_device(state, self.device)
         if self.training:
             return train(self.loss, self.margin, evidence, here, self.ranks)
@@ -246,7 +272,7 @@ class PreferenceModule(LightningModule):
         return {"loss": output.loss * scale, "output": detached}
 
     def _log_step(self, output: LossOutput, num_pairs: int) -> None:
-        """Log means over the ranks, of all values in one reduction: Lightning would make one, and a barrier, of each."""
+        """Log means over the ranks, all in one reduction: Lightning would make one, and a barrier, of each."""
         of_loss = {f"train/{name}": value for name, value in self.loss.report(self.loss_state).items()}
         values = training_log(output) | of_loss
         means = self.ranks.mean(torch.stack([torch.as_tensor(v, device=self.device).float() for v in values.values()]))
@@ -278,33 +304,38 @@ class PreferenceModule(LightningModule):
 
     def attach_reference(self, dataset: PairDataset, split: str) -> None:
         """Give the dataset its cached reference log-probabilities, computing them at first use."""
-        if self.reference is None or self.reference.source != "cached" or dataset.reference is not None:
+        if self.reference is None or self.reference.source != "cached":
             return
         datamodule, config = self.trainer.datamodule, self.reference.config
         gathered = gathered_in(self.trainer.precision, sharded=self.device_mesh is not None)
+        key = ReferenceKey(
+            weights=self.reference.weights,
+            layout=datamodule.layout,
+            precision=f"{config.dtype}/{self.policy_config.dtype}/{gathered}",
+            attention=config.attention if datamodule.layout == "padded" else SEGMENTS,
+        )
+        needed = BASE_FIELDS + (SHARED_FIELDS if self.loss.needs_shared else ())
+        if dataset.reference is not None and dataset.scored_as == (key, needed):
+            return  # else it has the numbers of another module's reference, which trained on this data before
         self.reference_cost[split] = found = cached_logps(
             dataset.pairs,
             self._open_scoring,
-            key=ReferenceKey(
-                weights=self.reference.weights,
-                layout=datamodule.layout,
-                precision=f"{config.dtype}/{self.policy_config.dtype}/{gathered}",
-                attention=config.attention if datamodule.layout == "padded" else SEGMENTS,
-            ),
+            key=key,
             folder=datamodule.cache_dir or default_cache_dir(),
             ranks=self.ranks,
             batch_size=datamodule.eval_batch_size,
             collate=datamodule.collate,
             description=f"reference log-probabilities, {split}",
-            needed=BASE_FIELDS + (SHARED_FIELDS if self.loss.needs_shared else ()),
+            needed=needed,
         )
+        dataset.scored_as = (key, needed)
         dataset.reference = found.logps
 
     def open_reference(self) -> AbstractContextManager[CompletionScorer]:
         """Give the frozen reference, in eval mode; also where the loss itself reads none."""
         reference = self.reference or self._start_of_policy()
         untouched = self._policy_is_untouched()
-        return reference.opened(self.policy, policy_is_untouched=untouched, place=self._placed)
+        return reference.opened(self.policy, policy_is_untouched=untouched, place=self._placed, load=self._load)
 
     @contextmanager
     def _open_scoring(self) -> Iterator[Callable[[PreferenceBatch], PairLogps]]:
@@ -347,8 +378,13 @@ class PreferenceModule(LightningModule):
     def on_train_start(self) -> None:
         """Continue in the data where the checkpoint stood: Lightning forgets that for a loader that it built before
         it restored its loops, and `estimated_stepping_batches` builds it early."""
+        if self._steps_before is not None:
+            check_same_run(self._steps_before, self._steps_in_all, self.resume)
         self.trainer.fit_loop._load_combined_loader_states()
         self._begin_epoch_of_data()
+        if self.resume == "anyway" and self._steps_before is not None:
+            go_on_as_given(self.trainer, self.optimizers().optimizer, self.lr_schedulers(), self._given_options)
+        self._steps_before = None
 
     def on_train_epoch_start(self) -> None:
         """Let the data take this epoch's order. Lightning tells no batch sampler of one's own which epoch it is, and
@@ -366,7 +402,8 @@ class PreferenceModule(LightningModule):
             with evaluating(self.policy), torch.no_grad(), self.precision_context():
                 policy, reference = score(self.policy, batch), self._reference_logps(batch)
             full_precision = self.policy_config.dtype == "float32" and self.trainer.precision == "32-true"
-            check_agreement(policy, reference, batch.index, full_precision=full_precision)
+            with as_one(self.ranks):
+                check_agreement(policy, reference, batch.index, full_precision=full_precision)
         torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.ranks.rank)) % 2**63)
 
     def on_validation_epoch_end(self) -> None:
@@ -383,12 +420,24 @@ class PreferenceModule(LightningModule):
         checkpoint["trained_weights"] = trained_names(self)
         checkpoint["loss_state"] = state_to_plain(self.loss_state)
         checkpoint["margin_state"] = state_to_plain(self.margin_state)
-        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint[FORMAT_KEY] = FORMAT
+        checkpoint["run"] = run_settings(self.trainer)
+        checkpoint["steps"] = self._steps_in_all
+        batches = getattr(self.trainer.train_dataloader, "batch_sampler", None)
+        if isinstance(batches, ShuffledBatches) and "loops" in checkpoint:
+            straighten_progress(checkpoint["loops"], batches.epoch)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the state of loss and margin; refuse a checkpoint of other weights, another loss or margin."""
-        if self._trainer is not None and self._trainer.training:
-            check_same_accumulation(checkpoint, self._trainer.accumulate_grad_batches)
+        """Restore the state of loss and margin; refuse a checkpoint that does not fit, however it was found."""
+        trainer = self._trainer
+        check_format(checkpoint, str(getattr(trainer, "ckpt_path", None) or "the checkpoint"))
+        if trainer is not None:
+            saved, here = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
+            check_same_settings(saved, here, training=bool(trainer.training), resume=self.resume)
+        if trainer is not None and trainer.training:
+            check_end_of_training(checkpoint, max_steps=trainer.max_steps, max_epochs=trainer.max_epochs)
+            check_same_run(checkpoint["run"], run_settings(trainer), self.resume)
+            self._steps_before = checkpoint["steps"]
         self.loss_state, self.margin_state = load_step_state(self, checkpoint)
 
     def _log_pair_metrics(self, prefix: str) -> None:
@@ -396,3 +445,15 @@ class PreferenceModule(LightningModule):
         self.pair_metrics.reset()
         # Equal on every rank already; sync_dist only tells Lightning so.
         self.log_dict({f"{prefix}/{key}": value for key, value in values.items()}, sync_dist=True)
+
+
+def _as_configured(optimizer: OptimizerCallable) -> OptimizerCallable:
+    """The optimizer, whose refusal of a value is a configuration error."""
+
+    def make(parameters: Iterable[Tensor]) -> Optimizer:
+        try:
+            return optimizer(parameters)
+        except ValueError as error:
+            raise ConfigError(f"model.optimizer: {error}") from error
+
+    return make

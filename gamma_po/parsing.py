@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ import yaml
 
 from gamma_po.errors import ConfigError
 from gamma_po.losses import LOSSES
-from gamma_po.margins import MARGINS
+from gamma_po.margins import MARGINS, KLPool, KLSolver
 from gamma_po.margins.maps import MapShape
 
 SEEDS = "an integer, 0 <= seed_everything < 2**32"
 NESTING = ("class_path", "init_args")
-CLASS_KEY = re.compile(r"model\.(?:loss|margin)(?:\.(?:inner|shape))*")
+PARTS: dict[str, type] = {"shape": MapShape, "solver": KLSolver, "pool": KLPool}  # of a margin, by their keys
+CLASS_KEY = re.compile(r"model\.(?:loss|margin)(?:\.(?:inner|shape|solver|pool))*")
 
 
 def class_names() -> dict[str, list[str]]:
@@ -28,7 +30,7 @@ def class_names() -> dict[str, list[str]]:
         "loss": [entry.__name__ for entry in LOSSES.values()],
         "margin": margins,
         "inner": margins,
-        "shape": [entry.__name__ for entry in MapShape.__subclasses__()],
+        **{key: [part.__name__ for part in base.__subclasses__()] for key, base in PARTS.items()},
     }
 
 
@@ -49,6 +51,9 @@ def explain(message: str, *, options: Sequence[str], of_class: type | None) -> s
         return f"{name} does not use the option {found[1]!r}; {_allowed(found[1], options)}"
     if found := re.search(r"does not accept option '([^']+)'", message):
         return f"unknown key {found[1]!r}; {_allowed(found[1], options)}"
+    if found := re.search(r"^Unexpected config: (.*)", message, re.DOTALL):
+        what = " ".join(found[1].split())[:60] or "nothing"
+        return f"--config: a file must hold keys with values, e.g. `data: {{train: pairs.jsonl}}`, found {what}"
     if found := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
         unknown = [word.partition("=")[0][2:] for word in found[1].split() if word.startswith("--")]
         return "\n".join(
@@ -59,6 +64,18 @@ def explain(message: str, *, options: Sequence[str], of_class: type | None) -> s
     if found := re.search(r'^Parser key "([^"]+)":(.*)', message, re.DOTALL):
         return _explain_value(owner + found[1], found[2])
     return message
+
+
+def refusal(message: str) -> str:
+    """Return what a class has said against its options, without what jsonargparse says around it.
+
+    >>> refusal("Does not validate\\nErrors:\\n  - lora.r=0 is not allowed\\n  - Expected a ...\\nGiven value: ...")
+    'lora.r=0 is not allowed'
+    """
+    if "\nErrors:\n" not in message:
+        return message
+    lines = message.split("\nErrors:\n")[1].split("\nGiven value")[0].splitlines()
+    return " ".join(line.strip().removeprefix("- ") for line in lines if not line.startswith("  - Expected a"))
 
 
 def _explain_value(key: str, problem: str) -> str:
@@ -110,11 +127,11 @@ def check_carried_options(arguments: Sequence[str]) -> None:
             classes[found[0]] = value.rpartition(".")[2]
     for (key, option), (before, value) in written.items():
         now = classes.get(key, "")
-        fields = _fields(now)
-        if before and before != now and option in fields and _in_use(key, classes):
+        fields, field = _fields(now), option.partition(".")[0]
+        if before and before != now and field in fields and _in_use(key, classes):
             raise ConfigError(
                 f"{key} changes from {before} to {now}, and {option}={value}, which was written for {before}, would "
-                f"stay in force (default of {now}: {fields[option]}); say what you mean with --{key}.{option} VALUE"
+                f"stay in force (default of {now}: {fields[field]}); say what you mean with --{key}.{option} VALUE"
             )
 
 
@@ -126,23 +143,43 @@ def _in_use(key: str, classes: dict[str, str]) -> bool:
 
 def _fields(name: str) -> dict[str, Any]:
     """The options of a class with their defaults."""
-    for entry in [*LOSSES.values(), *MARGINS.values(), *MapShape.__subclasses__()]:
+    parts = [part for base in PARTS.values() for part in base.__subclasses__()]
+    for entry in [*LOSSES.values(), *MARGINS.values(), *parts]:
         if entry.__name__ == name:
             return {field.name: field.default for field in dataclasses.fields(entry)}
     return {}
 
 
-def _settings(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(key, value) in the order in which they come into force."""
+def check_config_files(arguments: Sequence[str]) -> None:
+    """Name a configuration file that is no YAML, which the parser would not.
+
+    Raises:
+        ConfigError: naming the file, and the line where it breaks.
+    """
+    for key, value in _options(arguments):
+        path = os.path.expanduser(value)
+        if key != "config" or not os.path.isfile(path):
+            continue
+        try:
+            yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"--config {value}: not valid YAML in UTF-8: {' '.join(str(error).split())}") from error
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of a command line, in their order."""
     for place, word in enumerate(arguments):
         following = arguments[place + 1] if place + 1 < len(arguments) else ""
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
-            value = value if equals else following
+            yield key, value if equals else following
         elif word.startswith("-c"):
-            key, value = "config", word[2:].removeprefix("=") or following
-        else:
-            continue
+            yield "config", word[2:].removeprefix("=") or following
+
+
+def _settings(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(key, value) in the order in which they come into force."""
+    for key, value in _options(arguments):
         if key == "config":
             yield from _flat("", _content(value, Path()))
         elif key == "model" or CLASS_KEY.match(key):

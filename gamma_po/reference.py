@@ -28,6 +28,7 @@ from gamma_po.types import PairLogps, PreferenceBatch
 ReferenceSource = Literal["cached", "adapters_off", "copy"]
 SOURCES = ("cached", "adapters_off", "copy")
 Place = Callable[[CompletionScorer], CompletionScorer]  # where a model loaded here goes, e.g. shards it
+Load = Callable[[ModelConfig], PreTrainedModel]  # whole, or without weights where `Place` reads them
 AGREEMENT = {True: 1e-4, False: 0.05}  # nats per token; full precision or not
 
 
@@ -64,19 +65,22 @@ class Reference(nn.Module):
         self.copy: CompletionScorer | None = None
         self.weights: str | None = None  # fingerprint, for the cache
 
-    def load(self, untouched_policy: PreTrainedModel, layout: str, place: Place = _as_loaded) -> None:
+    def load(
+        self, untouched_policy: PreTrainedModel, layout: str, place: Place = _as_loaded, load: Load = load_model
+    ) -> None:
         """Take what is needed from the policy before adapters and training change it; load the copy.
 
         Args:
             untouched_policy: as loaded.
             layout: of the batches, which the reference must be able to compute.
             place: shards the copy as the policy will be sharded, or leaves it.
+            load: loads a model for `place`.
 
         Raises:
             ConfigError: the reference cannot compute the layout, or has another vocabulary than the policy.
         """
         if not self.is_start_of_policy:
-            other = load_model(self.config)
+            other = load(self.config)
             check_layout(layout, other, self.config.attention)
             sizes = [model.config.get_text_config().vocab_size for model in (other, untouched_policy)]
             if sizes[0] != sizes[1]:
@@ -87,7 +91,7 @@ class Reference(nn.Module):
         if self.source == "cached":
             self.weights = fingerprint(untouched_policy if self.is_start_of_policy else other)
         if self.source == "copy":
-            self.copy = place(CompletionScorer(load_model(self.config)).requires_grad_(False)).eval()
+            self.copy = place(CompletionScorer(load(self.config)).requires_grad_(False)).eval()
             # Lightning's advice at the start of training; this one is in eval mode on purpose, and stays so.
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
@@ -97,7 +101,12 @@ class Reference(nn.Module):
 
     @contextmanager
     def opened(
-        self, policy: CompletionScorer, *, policy_is_untouched: bool, place: Place = _as_loaded
+        self,
+        policy: CompletionScorer,
+        *,
+        policy_is_untouched: bool,
+        place: Place = _as_loaded,
+        load: Load = load_model,
     ) -> Iterator[CompletionScorer]:
         """Give the reference as a model in eval mode.
 
@@ -106,6 +115,7 @@ class Reference(nn.Module):
             policy_is_untouched: this run has not trained it yet. It serves as its own reference only if its weights
                 are those it started from; a module that was trained before is recognised by its fingerprint.
             place: shards a model loaded for this as the policy is sharded, or leaves it.
+            load: loads a model for `place`.
         """
         if self.copy is not None:
             yield self.copy
@@ -117,7 +127,7 @@ class Reference(nn.Module):
                 yield policy
         else:
             parameter = next(policy.parameters())
-            loaded = CompletionScorer(load_model(self.config)).to(parameter.dtype)  # its weights; buffers keep theirs
+            loaded = CompletionScorer(load(self.config)).to(parameter.dtype)  # its weights; buffers keep theirs
             yield place(loaded).to(parameter.device).eval()
 
     def logps(self, batch: PreferenceBatch, policy: CompletionScorer) -> PairLogps:

@@ -22,9 +22,16 @@ class ExportPolicy(Callback):
 
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
+        self._written = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it also where the checkpoint is from the end of its training, and Lightning trains no more."""
+        if not self._written:
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, once, from the first process; all of them give what they hold of it."""
+        self._written = True
         folder = trainer.log_dir
         if not self.enabled or folder is None:
             return

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gamma_po.ranks import as_one, current_ranks
 from gamma_po.types import LossOutput
 
 ROWS_NAMED = 8
@@ -60,10 +61,11 @@ class NonFiniteGuard(Callback):
         *pairs_finite, gradient_finite = torch.stack(checks).tolist()
         step = trainer.global_step + 1
         broken = [seen for seen, finite in zip(window, pairs_finite, strict=True) if not finite]
-        if broken:
-            raise FloatingPointError(_pairs_message(step, broken, pl_module))
-        if not gradient_finite:
-            raise FloatingPointError(_gradient_message(step, float(norm), pl_module))
+        with as_one(current_ranks()):
+            if broken:
+                raise FloatingPointError(_pairs_message(step, broken, pl_module))
+            if not gradient_finite:
+                raise FloatingPointError(_gradient_message(step, float(norm), pl_module))
         if not scaled:
             pl_module.log("train/grad_norm", norm)  # before clipping, the same on every rank
 

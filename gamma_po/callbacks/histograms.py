@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from gamma_po.callbacks.gamma_statistics import PairCollector
@@ -25,10 +25,10 @@ class MarginHistograms(Callback):
     """Histograms of γ and of the reward margin, over the pairs of all ranks since the last histogram.
 
     One is taken every N optimizer steps and one at the end of each epoch, of the pairs left over. Each goes
-    to every TensorBoard logger of the run as `train/histogram/gamma` and `train/histogram/reward_margin`; at
-    the end of the run, also of one that fails or is interrupted, all of them together are drawn in
-    `plots/gamma_histogram.png` of the run's directory. A resumed run keeps the earlier ones. Values that are
-    not finite are left out.
+    to every TensorBoard and Weights & Biases logger of the run as `train/histogram/gamma` and
+    `train/histogram/reward_margin`; at the end of the run, also of one that fails or is interrupted, all of them
+    together are drawn in `plots/gamma_histogram.png` of the run's directory. A resumed run keeps the earlier ones.
+    Values that are not finite are left out.
 
     Args:
         every_n_steps: optimizer steps between histograms, >= 0; 0 for one per epoch.
@@ -42,7 +42,7 @@ class MarginHistograms(Callback):
         self.bins = bins
         self.history: dict[str, list[HistogramRow]] = {name: [] for name in LABELS}
         self._pairs = PairCollector()
-        self._directory = Path()
+        self._directory: Path | None = None  # known once training starts
         self._completed_steps = 0
         self._window_start = 0
 
@@ -99,15 +99,24 @@ class MarginHistograms(Callback):
         counts, edges = histogram(values, bins=self.bins, limits=_limits(values))
         row = HistogramRow(start, trainer.global_step, float(edges[0]), float(edges[-1]), counts.tolist())
         self.history[name].append(row)
+        key, step = f"train/histogram/{name}", trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_histogram(f"train/histogram/{name}", values, trainer.global_step)
+                logger.experiment.add_histogram(key, values, step)
+            elif isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                logger.log_metrics({key: _wandb_histogram(counts, edges)}, step)
 
     def _draw(self, trainer: Trainer) -> None:
         panels = {LABELS[name]: rows for name, rows in self.history.items() if rows}
-        if panels and trainer.is_global_zero:
+        if panels and trainer.is_global_zero and self._directory is not None:
             figure = histogram_over_time_figure(panels, title="Distribution over pairs during training")
             save_figure(figure, self._directory / "plots" / "gamma_histogram.png")
+
+
+def _wandb_histogram(counts: Tensor, edges: Tensor) -> Any:
+    import wandb  # an extra
+
+    return wandb.Histogram(np_histogram=(counts.cpu().numpy(), edges.cpu().numpy()))
 
 
 def _limits(values: Tensor) -> tuple[float, float]:

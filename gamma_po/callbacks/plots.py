@@ -43,7 +43,7 @@ class RunPlots(Callback):
         self.train_sums: dict[int, list[float]] = {}  # step -> [weight, weighted loss, margin, accuracy]
         self.validation: dict[str, list[list[float]]] = {name: [] for name in VALIDATION_KEYS}
         self._recent: list[tuple[int, Tensor]] = []
-        self._directory = Path()
+        self._directory: Path | None = None  # known once training starts
         self._completed_steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,7 +115,7 @@ class RunPlots(Callback):
             self.train_sums[step] = [a + b for a, b in zip(before, sums, strict=True)]
 
     def _draw(self, trainer: Trainer) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self._directory is None:
             return
         train, validation = self.train_series(), self.validation
         if not train["loss"]:

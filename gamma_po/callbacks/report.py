@@ -1,4 +1,4 @@
-"""After `fit` and `test`: what changed, as one table and as report.json."""
+"""After `fit` and `test`: what changed, as one table and as report.json; every test pair in test_pairs.parquet."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -13,10 +14,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 
+from gamma_po.callbacks.pair_recorder import write_parquet
 from gamma_po.errors import require
 from gamma_po.evaluation.generation import Sampling
 from gamma_po.evaluation.gold import GoldReward
-from gamma_po.evaluation.on_policy import Comparison, compare, draw, score_completions
+from gamma_po.evaluation.on_policy import (
+    Comparison,
+    compare,
+    distinct_prompts,
+    draw,
+    score_completions,
+    shown_prompt,
+)
 from gamma_po.evaluation.report import as_json, pair_report, report_table, samples_table
 from gamma_po.files import write_text
 from gamma_po.policies import evaluating
@@ -47,6 +56,10 @@ class Report(Callback):
         require(show >= 0, "report.show", show, "an integer >= 0")
         allowed = "a number > 0, for which log-probabilities of samples are defined"
         require(sampling.temperature > 0, "report.sampling.temperature", sampling.temperature, allowed)
+        if enabled and num_prompts == 0:
+            nothing = "report.num_prompts above 0, as without samples nothing reads it"
+            require(gold is None, "report.gold", type(gold).__name__, f"null, or {nothing}")
+            require(sampling == Sampling(), "report.sampling", sampling, f"its default, or {nothing}")
         self.enabled, self.num_prompts, self.sampling, self.gold, self.show = (
             enabled,
             num_prompts,
@@ -54,9 +67,16 @@ class Report(Callback):
             gold,
             show,
         )
+        self._reported = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report also where the checkpoint is from the end of its training, and Lightning trains no more."""
+        if not self._reported:
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the test pairs, then report."""
+        self._reported = True
         datamodule = trainer.datamodule
         if not self.enabled or datamodule is None:
             return
@@ -95,6 +115,9 @@ class Report(Callback):
             scored = [pairs[i] for i in table["index"].tolist()]
             table = {**table, **self._reference_logps(module, scored, datamodule.eval_batch_size)}
         summary = pair_report(table, [preferences[i].prompt for i in table["index"].tolist()])
+        if folder is not None:
+            columns = {name: values.cpu().numpy() for name, values in table.items()}
+            write_parquet(pa.table(columns), Path(folder) / "test_pairs.parquet")
         comparison, rows = None, []
         if samplable and self.num_prompts:
             comparison, rows = self._samples(module, preferences, pairs)
@@ -125,8 +148,7 @@ class Report(Callback):
         self, module: LightningModule, preferences: Any, pairs: Any
     ) -> tuple[Comparison, list[dict[str, Any]]]:
         """Let policy and reference answer the first prompts of the split."""
-        first = {repr(preference.prompt): i for i, preference in reversed(list(enumerate(preferences)))}
-        chosen = sorted(first.values())[: self.num_prompts]
+        chosen = distinct_prompts(preferences, self.num_prompts)
         prompts = [pairs[i].prompt for i in chosen]
         tokenizer, sampling = module.tokenizer, self.sampling
         how = {"batch_size": sampling.batch_size, "temperature": sampling.temperature}
@@ -141,7 +163,7 @@ class Report(Callback):
                 other = score_completions(scorer, prompts, policy.tokens, description="... under the reference", **how)
         rows = [
             {
-                "prompt": _shown(preferences[i].prompt),
+                "prompt": shown_prompt(preferences[i].prompt),
                 "reference": reference.texts[n],
                 "policy": policy.texts[n],
                 "gold_reference": None if reference.gold is None else float(reference.gold[n]),
@@ -150,8 +172,3 @@ class Report(Callback):
             for n, i in enumerate(chosen)
         ]
         return compare(policy, reference, own - other), rows
-
-
-def _shown(prompt: Any) -> str:
-    """A prompt as text: itself, or its last message."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]

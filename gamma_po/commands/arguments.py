@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from gamma_po.errors import ConfigError, DataError
+from gamma_po.files import DISK_ADVICE, disk_refuses
 from gamma_po.parsing import explain
 
 Options = TypeVar("Options")
@@ -64,13 +65,18 @@ def guarded(work: Callable[[], int]) -> int:
     """Run a command's work; wrong configuration or data ends in one plain message.
 
     Returns:
-        What `work` returns; 2 after a wrong configuration or wrong data; 130 if interrupted.
+        What `work` returns; 2 after a wrong configuration or wrong data; 1 if the disk is full; 130 if interrupted.
     """
     try:
         return work()
     except (ConfigError, DataError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except OSError as error:
+        if not disk_refuses(error):
+            raise
+        sys.stderr.write(f"stopped: {error}; {DISK_ADVICE}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

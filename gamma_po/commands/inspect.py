@@ -59,7 +59,7 @@ class InspectOptions:
 
     show: int = 2
     sample: int = 64
-    seconds: float = 15.0
+    seconds: float = 10.0
     max_pairs: int = 20_000
 
     def __post_init__(self) -> None:
@@ -205,7 +205,7 @@ def show_cost(
     console.print(facts_table("memory at the peak of a step, estimated", memory_rows(memory, free)))
     step = None
     if memory.total <= free:
-        step = dry.seconds_per_step(seed=datamodule.seed, seconds=options.seconds, per_pair=per_pair)
+        step = dry.seconds_per_step(seed=datamodule.seed, seconds=options.seconds)
     cached = module.reference is not None and module.reference.source == "cached"
     rows = time_rows(planned, datamodule.batch_size, step, per_pair if cached else None)
     console.print(facts_table("time, measured on this machine", rows))

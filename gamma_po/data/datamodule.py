@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -33,12 +32,13 @@ from gamma_po.data.mixtures import (
     shared_prompts,
 )
 from gamma_po.data.noise import flip_mask
-from gamma_po.data.pair_files import Reading, pair_file
+from gamma_po.data.pair_files import Reading, pair_file, tokenizer_facts
 from gamma_po.data.reference_cache import default_cache_dir
 from gamma_po.data.tokenization import Tokenization, TokenizedPair
+from gamma_po.data.vocabulary import check_padding, check_vocabulary
 from gamma_po.errors import ConfigError, DataError, require
 from gamma_po.layouts import LAYOUTS
-from gamma_po.ranks import current_ranks
+from gamma_po.ranks import as_one, current_ranks
 from gamma_po.types import PreferenceBatch
 
 SPLITS_OF_STAGE = {
@@ -73,7 +73,8 @@ class PreferenceDataModule(LightningDataModule):
             a second forward, so where most batches are cut, a lower batch_size with a higher
             trainer.accumulate_grad_batches is faster. null: no limit.
         eval_batch_size: pairs per forward in evaluation and when the reference is scored.
-        label_noise: probability in [0, 1] with which each training pair's label is flipped.
+        label_noise: probability in [0, 1] with which each training pair's label is flipped. Its margin column, by how
+            much chosen is better than rejected, then changes its sign: the label is wrong, the ratings stay true.
         label_noise_seed: of the flips.
         invalid_rows: what to do with empty completions, identical pairs and the like: stop, or drop and count.
         validation_share: of the training prompts, held out with all their pairs as validation data.
@@ -158,9 +159,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits that the stage needs; splits already there stay."""
-        if self.tokenizer is None:
-            assert self.trainer is not None, "without a trainer, set datamodule.tokenizer before setup"
-            self.tokenizer = self.trainer.lightning_module.tokenizer
+        self._take_tokenizer()
         required = SPLITS_OF_STAGE[stage][0]
         if self.sources[required] is None:
             command = str.__str__(stage)  # Lightning's stages are strings whose format is not their value
@@ -168,12 +167,40 @@ class PreferenceDataModule(LightningDataModule):
                 f"data.{required} is not set; `{command}` needs it: a file, package:NAME/file or hub name"
             )
         _check_equal_forwards(self.trainer, self.max_tokens_per_forward)
-        for split in SPLITS_OF_STAGE[stage]:
-            if self.sources[split] is not None and split not in self.datasets:
-                self.datasets[split] = self._read(split)
+        with as_one(current_ranks()):
+            for split in SPLITS_OF_STAGE[stage]:
+                if self.sources[split] is not None and split not in self.datasets:
+                    self.datasets[split] = self._read(split)
         for split in self._splits.keys() - {"train"} if "train" in self._splits else ():
             shared = shared_prompts(self._splits[split], self._splits["train"])
             self.counts[split]["prompts_also_in_training"] = shared
+
+    def _take_tokenizer(self) -> None:
+        """Take the tokenizer of the module at hand; what another one made of the data is forgotten."""
+        assert self.tokenizer is not None or self.trainer is not None, (
+            "without a trainer, set datamodule.tokenizer before setup"
+        )
+        own = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", self.tokenizer)
+        if self.tokenizer is not None and own is not self.tokenizer:
+            if tokenizer_facts(own) == tokenizer_facts(self.tokenizer):
+                return
+            self.datasets, self.preferences, self.counts, self._splits = {}, {}, {}, {}
+        self.tokenizer = own
+
+    def check_vocabulary(self, num_embeddings: int) -> None:
+        """Refuse token ids for which a model has no embedding; where the data is not read yet there is nothing to do.
+
+        Raises:
+            ConfigError: naming the row and the token, or the padding token.
+        """
+        if self.tokenizer is None:
+            return
+        if self.layout == "padded":
+            check_padding(self.tokenizer, pad_id(self.tokenizer), num_embeddings)
+        for split in self._splits:
+            if self._splits[split].pairs.highest_id() >= num_embeddings:
+                pairs, texts = self._splits[split].pairs, self.preferences[split]
+                check_vocabulary(pairs, self.tokenizer, num_embeddings, lambda place, of=texts: of[place].location)
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches that resume exactly."""
@@ -186,7 +213,10 @@ class PreferenceDataModule(LightningDataModule):
             costs, accumulate = TokenCosts.of(dataset.pairs, self.layout), _accumulation(self.trainer)
             common |= {"accumulate": accumulate, "window": self.length_window}
             batches = TokenBatches(costs, self.batch_size, **common)
-        return ResumableLoader(dataset, batch_sampler=batches, **self._loader_options())
+        resume = getattr(getattr(self.trainer, "lightning_module", None), "resume", "exact")
+        accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
+        position = {"resume": resume, "accumulate": accumulate}
+        return ResumableLoader(dataset, batch_sampler=batches, **position, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every validation pair once, in order; nothing where no validation data is set."""
@@ -295,15 +325,8 @@ def _check_batching(length_window: int | None, max_tokens: int | None, layout: s
 
 
 def _accumulation(trainer: Trainer | None) -> int:
-    """Micro-batches per optimizer step, which must be the same in every epoch."""
-    if trainer is None:
-        return 1
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
-        raise ConfigError(
-            "data.length_window needs the same number of micro-batches in every step, GradientAccumulationScheduler "
-            "changes it; use trainer.accumulate_grad_batches, or data.length_window: null"
-        )
-    return trainer.accumulate_grad_batches
+    """Micro-batches per optimizer step; the module refuses a callback that would change them between epochs."""
+    return 1 if trainer is None else trainer.accumulate_grad_batches
 
 
 def _check_equal_forwards(trainer: Trainer | None, max_tokens: int | None) -> None:

@@ -44,7 +44,8 @@ class PairDataset(Dataset[Example]):
     Args:
         pairs: in clean order: `chosen` is truly preferred.
         flipped: [N] bool, where the label shown to training is wrong.
-        column: [N] a number per pair from the data, or None.
+        column: [N] a number per pair from the data, or None: by how much `chosen` is better, in clean order. A pair
+            whose label is wrong shows its negative, as a file would in which its completions had changed places.
     """
 
     def __init__(self, pairs: Sequence[TokenizedPair], flipped: Tensor, column: Tensor | None = None) -> None:
@@ -52,6 +53,7 @@ class PairDataset(Dataset[Example]):
         self.flipped = flipped
         self.column = column
         self.reference: PairLogps | None = None  # [N] each, in clean order
+        self.scored_as: object = None  # what the reference's numbers depend on
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -65,6 +67,7 @@ class PairDataset(Dataset[Example]):
             pair = pair._replace(chosen=pair.rejected, rejected=pair.chosen)
             reference = reference and reference.swapped()
         column = float("nan") if self.column is None else float(self.column[slot.index])
+        column = -column if flipped else column
         return Example(slot, pair.prompt, pair.chosen, pair.rejected, flipped, column, reference)
 
     def digest(self) -> str:

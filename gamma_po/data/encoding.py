@@ -8,6 +8,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from gamma_po.data.formatting import Preference, Prompt, chat_text
+from gamma_po.data.messages import OF_A_TOOL, Message, message_texts
 from gamma_po.errors import ConfigError, DataError
 
 ANCHORS = ("\n", ".", "|")  # text to put before a completion that must not look like the start of a text
@@ -53,7 +54,7 @@ class Encoder:
         self.special_texts = tuple({*added, *tokenizer.all_special_tokens})
         self.special_ids = set(tokenizer.convert_tokens_to_ids(list(self.special_texts)))
         self.marks_start = self._marks_start()
-        self._frames: dict[tuple[str, ...], _Frame] = {}
+        self._frames: dict[tuple[tuple[object, ...], ...], _Frame] = {}  # by the shape of the conversation
 
     def encode_pairs(self, preferences: Sequence[Preference]) -> list[EncodedPair]:
         """Ids of each pair, with EOS."""
@@ -121,21 +122,31 @@ class Encoder:
     def _frame(self, prompt: Prompt, location: str) -> _Frame:
         """What surrounds conversations with these roles, found by rendering one with marks for contents."""
         turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-        roles = tuple(message["role"] for message in turns)
-        if roles not in self._frames:
-            self._frames[roles] = self._find_frame(roles, location)
-        return self._frames[roles]
+        shape = tuple(
+            (turn["role"], bool(turn["content"]), len(turn.get("tool_calls", ())), *(key in turn for key in OF_A_TOOL))
+            for turn in turns
+        )
+        if shape not in self._frames:
+            self._frames[shape] = self._find_frame(turns, location)
+        return self._frames[shape]
 
-    def _find_frame(self, roles: tuple[str, ...], location: str) -> _Frame:
+    def _find_frame(self, turns: Sequence[Message], location: str) -> _Frame:
+        roles = [turn["role"] for turn in turns]
         marks = [f"mark{i}of{role}" for i, role in enumerate(roles)]
-        messages = tuple({"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True))
+        messages = tuple(_marked(turn, mark) for turn, mark in zip(turns, marks, strict=True))
         head = chat_text(messages, None, self.tokenizer, location)
         whole = chat_text(messages, "markofanswer", self.tokenizer, location)
-        lost = [role for role, mark in zip(roles, marks, strict=True) if mark not in head]
-        lost += [] if "markofanswer" in whole else ["last assistant"]
+        lost = [f"{message['role']} message" for message in messages if message["content"] not in head]
+        lost += [
+            "calls of tools"
+            for message in messages
+            for call in message.get("tool_calls", ())
+            if not all(text in head for text in (call["function"]["name"], *call["function"]["arguments"].values()))
+        ]
+        lost += [] if "markofanswer" in whole else ["last assistant message"]
         if lost:
             raise DataError(
-                f"{location}: the chat template leaves out the {lost[0]} message of a conversation with the roles "
+                f"{location}: the chat template leaves out the {lost[0]} of a conversation with the roles "
                 f"{', '.join(roles)}; allowed: a template that writes it, or data without it"
             )
         first = next((mark for role, mark in zip(roles, marks, strict=True) if role == "user"), marks[0])
@@ -157,7 +168,7 @@ class Encoder:
         if not self.chat:
             return False
         frame = self._frame(pair.prompt, pair.location)
-        turns = [pair.prompt] if isinstance(pair.prompt, str) else [message["content"] for message in pair.prompt]
+        turns = [pair.prompt] if isinstance(pair.prompt, str) else [t for m in pair.prompt for t in message_texts(m)]
         ends = [text.rstrip().removesuffix(self.tokenizer.eos_token) for text in (pair.chosen, pair.rejected)]
         for text in [*turns, pair.chosen, pair.rejected]:
             if found := _rendered(text.strip(), frame, self.tokenizer.bos_token or ""):
@@ -212,6 +223,16 @@ class Encoder:
             return ids[: ids.index(eos) + 1]
         ended = self.chat and bool(ids) and ids[-1] in self.special_ids
         return ids if ended else [*ids, eos]
+
+
+def _marked(message: Message, mark: str) -> Message:
+    """A message of the same shape that says nothing but marks."""
+    calls = [
+        {**call, "function": {"name": f"{mark}calls{k}", "arguments": {"argument": f"{mark}gives{k}"}}}
+        for k, call in enumerate(message.get("tool_calls", ()))
+    ]
+    marked = {**message, "content": mark if message["content"] or not calls else ""}
+    return {**marked, "tool_calls": calls} if calls else marked
 
 
 def _rendered(text: str, frame: _Frame, bos: str) -> str | None:

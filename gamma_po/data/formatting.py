@@ -12,7 +12,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from gamma_po.data.columns import Columns, UselessPair, missing, number, recognise
-from gamma_po.data.messages import Message, Prompt, is_transcript, text_or_messages, transcript_messages
+from gamma_po.data.messages import Message, Prompt, is_transcript, message_texts, text_or_messages, transcript_messages
 from gamma_po.data.sources import Row, iterate_rows, json_kind
 from gamma_po.errors import DataError, require
 
@@ -79,7 +79,7 @@ def problem(preference: Preference) -> str | None:
     'rejected is empty'
     """
     prompt = preference.prompt
-    turns = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    turns = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message_texts(message)]
     texts = {"prompt": turns[-1], "chosen": preference.chosen, "rejected": preference.rejected}
     for name, text in texts.items():
         if not text.strip():
@@ -265,6 +265,9 @@ def _completion(row: Row, column: str, value: str | tuple[Message, ...]) -> str:
     if isinstance(value, str):
         return value
     role = value[-1]["role"]
+    if value[-1].get("tool_calls"):
+        explanation = f"column {column!r} is a call of a tool; only text can be a completion"
+        raise UselessPair(row.location, explanation, "a completion is a call of a tool")
     if role != "assistant":
         explanation = f"column {column!r} must end with an assistant message, found role {role!r}"
         raise UselessPair(row.location, explanation, "a completion is not an assistant's")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -155,12 +155,21 @@ class SequentialBatches(Sampler[list[Slot]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader over ShuffledBatches that knows how many batches of which epoch it has given out."""
+    """A DataLoader over ShuffledBatches that knows how many batches of which epoch it has given out.
+
+    Args:
+        resume: what a position in another order means. exact: an error; anyway: the position behind as many pairs.
+        accumulate: batches per optimizer step; a position in another order is moved back to the start of a step.
+    """
 
     batch_sampler: ShuffledBatches
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, resume: Literal["exact", "anyway"] = "exact", accumulate: int = 1, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.resume, self.accumulate = resume, accumulate
+        self.moved_to: int | None = None  # batches, where the position was in another order
         self._yielded = 0
         self._resume: dict[str, Any] | None = None
         self._digest = self.dataset.digest() if isinstance(self.dataset, PairDataset) else ""
@@ -175,11 +184,16 @@ class ResumableLoader(DataLoader[Any]):
         Raises:
             ConfigError: the position is inside an epoch, whose order here would be another.
         """
-        inside_epoch = 0 < state["yielded"] < len(self.batch_sampler)
+        inside_epoch = 0 < state["yielded"] < state["num_pairs"] // (state["batch_size"] * state["world_size"])
         saved = {name: value for name, value in state.items() if name not in ("epoch", "yielded")}
         here = self._order()
         different = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
-        if inside_epoch and different:
+        if inside_epoch and different and self.resume == "anyway":
+            pairs = state["yielded"] * state["batch_size"] * state["world_size"]
+            place = pairs // (self.batch_sampler.batch_size * self.batch_sampler.world_size)
+            self.moved_to = min(place, len(self.batch_sampler) - 1) // self.accumulate * self.accumulate
+            state = {**state, "yielded": self.moved_to}
+        elif inside_epoch and different:
             before, now = (
                 ", ".join(f"{name}={settings.get(name, 'not set')}" for name in different) for settings in (saved, here)
             )

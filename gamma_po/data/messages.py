@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 from gamma_po.data.sources import json_kind
 from gamma_po.errors import DataError
 
-Message = dict[str, str]  # role, content
+Message = dict[str, Any]  # role, content; of an assistant perhaps tool_calls, of a tool perhaps name, tool_call_id
 Prompt = str | tuple[Message, ...]  # plain text, or a conversation that does not end with the assistant
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -16,7 +17,9 @@ SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "observation": "tool", "tool": "tool",
 }  # fmt: skip
-UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content")
+CALLER = "function_call"  # the role in which ShareGPT files write a call of a tool
+UNSUPPORTED_KEYS = ("function_call", "reasoning_content")
+OF_A_TOOL = ("name", "tool_call_id")
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -67,22 +70,61 @@ def _message(item: Any, where: str) -> Message:
     """Role and content of a message; what else it holds (ids, scores) is not part of the conversation."""
     if not isinstance(item, dict):
         raise DataError(f"{where}: a message must be an object with role and content, found {json_kind(item)}")
-    if "role" in item and "content" in item:
-        role, content, roles = item["role"], item["content"], dict.fromkeys(ROLES)
+    if "role" in item and ("content" in item or item.get("tool_calls")):
+        role, content, roles = item["role"], item.get("content"), dict.fromkeys(ROLES)
     elif "from" in item and "value" in item:
         role, content, roles = item["from"], item["value"], SHAREGPT_ROLES
+        if role == CALLER and isinstance(content, str):
+            return {"role": "assistant", "content": "", "tool_calls": [_call(content, where)]}
     else:
         raise DataError(
             f"{where}: a message needs role and content, found {', '.join(map(str, item)) or 'nothing'}; allowed "
             "also: from and value"
         )
     if not isinstance(role, str) or role not in roles:
-        hint = "; calls of tools cannot be trained on" if role == "function_call" else ""
-        raise DataError(f"{where}: unknown role {role!r}; allowed: {', '.join(roles)}{hint}")
+        raise DataError(f"{where}: unknown role {role!r}; allowed: {', '.join(roles)}")
     unsupported = [key for key in UNSUPPORTED_KEYS if item.get(key)]
     if unsupported:
-        raise DataError(f"{where}: {', '.join(unsupported)} cannot be trained on; allowed: role and content")
-    return {"role": roles[role] or role, "content": _content(content, where)}
+        raise DataError(f"{where}: {', '.join(unsupported)} is not read; allowed: role, content and tool_calls")
+    role, calls = roles[role] or role, item.get("tool_calls")
+    if not calls:
+        named = {key: item[key] for key in OF_A_TOOL if role == "tool" and isinstance(item.get(key), str)}
+        return {"role": role, "content": _content(content, where), **named}
+    if role != "assistant" or not isinstance(calls, list | tuple):
+        raise DataError(
+            f"{where}: tool_calls must be a list, of an assistant message; found {json_kind(calls)}, {role}"
+        )
+    said = "" if content is None else _content(content, where)
+    return {"role": role, "content": said, "tool_calls": [_call(call, where) for call in calls]}
+
+
+def message_texts(message: Message) -> list[str]:
+    """Return all that a message says: its content, and the names and arguments of the tools it calls."""
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    said = [(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls]
+    return [message["content"], *(text for texts in said for text in texts)]
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """A call as chat templates expect it: arguments as an object, which many files write as JSON text."""
+    found = _loaded(call)
+    found = found.get("function", found) if isinstance(found, dict) else {}
+    arguments = _loaded(found.get("arguments"))
+    if not isinstance(found.get("name"), str) or not isinstance(arguments, dict):
+        raise DataError(
+            f"{where}: a call of a tool needs a name and arguments (an object, or its JSON text), found "
+            f"{json.dumps(call, default=str)[:80]}"
+        )
+    known = {"id": call["id"]} if isinstance(call, dict) and isinstance(call.get("id"), str) else {}
+    return {"type": "function", **known, "function": {"name": found["name"], "arguments": arguments}}
+
+
+def _loaded(value: Any) -> Any:
+    """What a JSON text says; other values as they are."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return None
 
 
 def _content(content: Any, where: str) -> str:

@@ -36,7 +36,7 @@ from gamma_po.progress import track
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the file's layout and of what becomes of a row: raise it when either changes
+VERSION = 2  # of the file's layout and of what becomes of a row: raise it when either changes
 ROWS_AT_ONCE = 512
 IDS = pa.large_list(pa.int32())
 SCHEMA = pa.schema(
@@ -107,6 +107,11 @@ class PairFile:
         columns = self._batches[number].columns[4:9]
         prompt, chosen, rejected, column, location = (column[row].as_py() for column in columns)
         return Preference(_read_prompt(prompt), chosen, rejected, column, self.source + location)
+
+    def highest_id(self) -> int:
+        """The highest token id of all pairs."""
+        parts = [values for batch in self._ids for _, values in batch if len(values)]
+        return max(int(values.max()) for values in parts)
 
     def numbers(self, name: str) -> np.ndarray:
         """A column of numbers, [N]; those that are missing are NaN."""
@@ -192,7 +197,9 @@ def prompt_key(prompt: Prompt) -> int:
     True
     """
     turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    return text_key(json.dumps([[turn["role"], turn["content"].strip()] for turn in turns]))
+    calls = [[turn["tool_calls"]] if turn.get("tool_calls") else [] for turn in turns]
+    parts = [[turn["role"], turn["content"].strip(), *called] for turn, called in zip(turns, calls, strict=True)]
+    return text_key(json.dumps(parts))
 
 
 def _open(path: Path, source: str) -> PairFile | None:
@@ -232,7 +239,7 @@ def _key(source: str, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> s
         "version": VERSION,
         "packages": [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
         "source": content_key(source),
-        "tokenizer": _tokenizer_facts(tokenizer),
+        "tokenizer": tokenizer_facts(tokenizer),
         "columns": asdict(reading.columns),
         "tokenization": asdict(reading.tokenization),
         "invalid_rows": reading.invalid_rows,
@@ -241,8 +248,8 @@ def _key(source: str, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> s
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """What decides how a tokenizer and its template treat a text."""
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Return what decides how a tokenizer and its template treat a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -282,6 +289,10 @@ class Chosen(Sequence[Any]):
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def highest_id(self) -> int:
+        """The highest token id of the files, whichever of their rows are chosen."""
+        return max(file.highest_id() for file in self.files)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -29,7 +29,7 @@ from gamma_po.data.dataset import Example, Slot
 from gamma_po.data.shards import ScoreTable, ShardFolder, pair_key
 from gamma_po.data.tokenization import TokenizedPair
 from gamma_po.progress import track
-from gamma_po.ranks import Ranks
+from gamma_po.ranks import Ranks, as_one
 from gamma_po.types import PairLogps, PreferenceBatch
 
 log = logging.getLogger(__name__)
@@ -117,8 +117,9 @@ def cached_logps(
     _read(store, table, ranks)
     work = missing = table.missing(needed)
     if missing:
-        if ranks.rank == 0:
-            store.check_room(len(missing))
+        with as_one(ranks):
+            if ranks.rank == 0:
+                store.check_room(len(missing))
         name = hashlib.sha256(b"".join(sorted(row))).hexdigest()[:16]
         with store.claimed(name, leader=ranks.rank == 0, told=lambda said: _told(ranks, said)):
             _read(store, table, ranks)  # another run may have been here while this one waited

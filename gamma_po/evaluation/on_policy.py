@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gamma_po.data.formatting import Preference
+from gamma_po.data.messages import Prompt
 from gamma_po.evaluation.generation import Sampling, sample_completions
 from gamma_po.evaluation.gold import GoldReward
 from gamma_po.evaluation.intervals import Estimate, clustered_mean, clustered_share
@@ -123,6 +125,17 @@ def compare(policy: Samples, reference: Samples, log_ratio: Tensor) -> Compariso
         distinct2_policy=distinct_bigrams(policy.texts),
         distinct2_reference=distinct_bigrams(reference.texts),
     )
+
+
+def distinct_prompts(preferences: Sequence[Preference], number: int) -> list[int]:
+    """Return where the first `number` different prompts stand."""
+    first = {repr(preference.prompt): i for i, preference in reversed(list(enumerate(preferences)))}
+    return sorted(first.values())[:number]
+
+
+def shown_prompt(prompt: Prompt) -> str:
+    """Return a prompt as text: itself, or its last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def mean_length(completions: Sequence[Tensor]) -> float:

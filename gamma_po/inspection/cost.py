@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from gamma_po.logps import CHUNK_ELEMENTS
 from gamma_po.types import ModelInput
 
+LIBRARIES = 150 * 2**20  # loaded by `fit` after its start, on a CPU; measured
+HELD_BACK = 0.15  # of what comes and goes in a step; measured on a CPU
 PROBE = 64  # rows and columns of the parameter on which an optimizer's state is measured
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -28,6 +30,7 @@ class Memory(NamedTuple):
     optimizer: int
     activations: int  # what the backward pass needs, for the longest micro-batch
     head: int  # one chunk of logits and their gradient
+    around: int  # what allocators hold back, and on a CPU the libraries that a run loads: `around_bytes`
 
     @property
     def total(self) -> int:
@@ -92,8 +95,18 @@ def head_bytes(model_input: ModelInput, num_pairs: int, vocab_size: int, itemsiz
     return min(max(elements, vocab_size), num_pairs * len(model_input.targets) * vocab_size) * 2 * (itemsize + 4)
 
 
+def around_bytes(passing: int, device: torch.device) -> int:
+    """Bytes that a process takes beside what a step needs.
+
+    Args:
+        passing: activations and logits, which come and go.
+        device: libraries count where they lie in the same memory.
+    """
+    return int(HELD_BACK * passing) + (LIBRARIES if device.type == "cpu" else 0)
+
+
 def timed(step: Callable[[], object], device: torch.device, *, seconds: float, most: int) -> float:
-    """Return the mean time of a step, [s]; the first one counts only where there is no time for a second.
+    """Return the mean time of a step, [s], of those that there is time for, at least one.
 
     Args:
         step: what is timed.
@@ -109,7 +122,7 @@ def timed(step: Callable[[], object], device: torch.device, *, seconds: float, m
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return sum(times[1:] or times) / len(times[1:] or times)
+    return sum(times) / len(times)
 
 
 def free_memory(device: torch.device) -> int:

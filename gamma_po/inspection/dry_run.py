@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from gamma_po.data.dataset import Example, PairDataset
 from gamma_po.forwards import score
 from gamma_po.inspection.cost import (
     Memory,
+    around_bytes,
     at_batch_size,
     head_bytes,
     optimizer_bytes,
@@ -29,8 +31,6 @@ from gamma_po.policies import evaluating
 from gamma_po.types import PairLogps, PreferenceBatch
 
 TIMED_STEPS = 4
-STEPS_TO_FIT = 2  # one to warm up, one that counts
-FORWARDS_PER_STEP = 3  # a backward pass takes about two
 TIGHT = 0.9  # share of the free memory
 
 
@@ -94,40 +94,40 @@ class DryRun:
         weights = parameter_bytes(module.policy.parameters())
         copy = getattr(module.reference, "copy", None)
         itemsize = torch.finfo(next(module.policy.parameters()).dtype).bits // 8
+        head = head_bytes(one.model_inputs[0], size_, config.vocab_size, itemsize)
         return Memory(
             weights=weights,
             reference=0 if copy is None else parameter_bytes(copy.parameters()),
             gradients=parameter_bytes(self.trainable),
             optimizer=optimizer_bytes(module.optimizer_factory, self.trainable),
             activations=activations,
-            head=head_bytes(one.model_inputs[0], size_, config.vocab_size, itemsize),
+            head=head,
+            around=around_bytes(activations + head, self.device),
         )
 
-    def seconds_per_step(self, *, seed: int, seconds: float, per_pair: float) -> float:
+    def seconds_per_step(self, *, seed: int, seconds: float) -> float:
         """Time forward, backward and optimizer on random micro-batches; the policy is of no use afterwards.
 
-        Where a micro-batch would take too long, one of fewer pairs is timed, and scaled.
+        A step of one pair warms up and tells how many pairs there is time for; where these are fewer than a
+        micro-batch has, the time of a step is scaled.
 
         Args:
             seed: of the pairs.
-            seconds: no further step starts after this time.
-            per_pair: a forward of one pair, [s]; a step takes about three of them for each.
+            seconds: for all of it; no further step starts after this time.
         """
         batch_size = self.datamodule.batch_size
-        num_pairs = min(batch_size, max(1, int(seconds / (STEPS_TO_FIT * FORWARDS_PER_STEP * per_pair))))
-        order = sample_order(len(self.dataset), seed)
+        order = cycle(sample_order(len(self.dataset), seed))
         optimizer = self.module.optimizer_factory(self.trainable)
-        position = 0
 
-        def step() -> None:
-            nonlocal position
-            rows = [order[i % len(order)] for i in range(position, position + num_pairs)]
-            position += num_pairs
-            self.loss(self.batch(rows)).backward()
+        def step(num_pairs: int) -> None:
+            self.loss(self.batch([next(order) for _ in range(num_pairs)])).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        return timed(step, self.device, seconds=seconds, most=TIMED_STEPS) * batch_size / num_pairs
+        one = timed(lambda: step(1), self.device, seconds=seconds, most=1)
+        left = max(0.0, seconds - one)
+        num_pairs = min(batch_size, max(1, int(left / one)))
+        return timed(lambda: step(num_pairs), self.device, seconds=left, most=TIMED_STEPS) * batch_size / num_pairs
 
     def _saved(self, batch: PreferenceBatch) -> int:
         return saved_bytes(lambda: self.loss(batch), self.module.policy)

@@ -125,7 +125,31 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "calls of tools": (
         "p.jsonl",
         jsonl(PAIR | {"prompt": [message("user", "a") | {"tool_calls": [{"f": 1}]}]}),
-        "tool_calls cannot be trained on",
+        "tool_calls must be a list, of an assistant; found a list, user",
+    ),
+    "a call without arguments": (
+        "p.jsonl",
+        jsonl(PAIR | {"prompt": [message("assistant", "") | {"tool_calls": [{"name": "f"}]}, message("tool", "4")]}),
+        "row 1 (line 1): column 'prompt', message 1: a call of a tool needs a name and arguments",
+    ),
+    "a completion that calls a tool": (
+        "p.jsonl",
+        jsonl(PAIR | {"chosen": [message("assistant", "") | {"tool_calls": [{"name": "f", "arguments": "{}"}]}]}),
+        "column 'chosen' is a call of a tool; only text can be a completion",
+    ),
+    "calls that the template leaves out": (
+        "p.jsonl",
+        jsonl(
+            PAIR
+            | {
+                "prompt": [
+                    message("user", "a"),
+                    message("assistant", "") | {"tool_calls": [{"name": "f", "arguments": "{}"}]},
+                    message("tool", "4"),
+                ]
+            }
+        ),
+        "the chat template leaves out the calls of tools of a conversation with the roles user, assistant, tool",
     ),
     "conversations of two prompts": (
         "p.jsonl",

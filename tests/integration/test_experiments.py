@@ -15,12 +15,20 @@ from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.module import PreferenceModule
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if path.name != "base.yaml")
+STUDIES = ROOT / "experiments" / "studies"  # files of `study`, not of `fit`
+FILES = sorted(
+    path for path in (ROOT / "experiments").rglob("*.yaml") if path.name != "base.yaml" and STUDIES not in path.parents
+)
+RESOLVED: dict[Path, dict[str, Any]] = {}
 COMPARED = {"run.name", "model.lora.r", "model.lora.alpha", "model.optimizer.class_path", "model.policy.quantization"}
 OPTIMIZER = "model.optimizer.init_args."  # each optimizer has options of its own; of those, only what all share counts
 SHARED = {OPTIMIZER + name for name in ("lr", "weight_decay", "betas", "eps")}
 COMPARED |= {"data.tokenization.max_prompt_length", "data.tokenization.max_completion_length"}
+METHODS = "methods"  # folders that compare losses and margins, each with its own options and learning rate
+METHOD = ("model.loss.", "model.margin.", "model.optimizer.init_args.lr", "run.name")
 STRATEGY = "trainer.strategy"  # with its own options
+GPUS = (STRATEGY, "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.precision", "model.policy.")
+GPUS += ("model.lora",)
 ONE_PROCESS = ("--trainer.strategy", "auto", "--trainer.devices", "1")  # building them all would start the others
 
 
@@ -38,10 +46,12 @@ def options_of(path: Path) -> list[str]:
 
 def resolved(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """The whole configuration, as `--print_config` gives it."""
-    with pytest.raises(SystemExit) as stop:
-        PreferenceCLI(["fit", *options_of(path), "--print_config"])
-    assert stop.value.code == 0
-    return flat(yaml.safe_load(capsys.readouterr().out))
+    if path not in RESOLVED:
+        with pytest.raises(SystemExit) as stop:
+            PreferenceCLI(["fit", *options_of(path), "--print_config"])
+        assert stop.value.code == 0
+        RESOLVED[path] = flat(yaml.safe_load(capsys.readouterr().out))
+    return RESOLVED[path]
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -82,5 +92,39 @@ def test_the_files_of_one_folder_differ_only_in_what_they_compare(
     for one, other in combinations(configs, 2):
         assert one["run.name"] != other["run.name"]
         different = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+        if folder.name == METHODS:
+            assert all(key.startswith(METHOD) for key in different)
+            continue
         own = {key for key in different if key.startswith((OPTIMIZER, STRATEGY))} - SHARED
+        if folder.name == "sharding":  # which model, on how many GPUs
+            own = {key for key in different if key.startswith((OPTIMIZER, *GPUS))}
         assert different - own <= COMPARED
+
+
+PUBLISHED = {  # β, γ0/β, τ, learning rate: the names of the γ-PO authors' training configurations
+    "llama-3-8b-instruct": (10, 0.4, 10, 1e-6),
+    "mistral-7b-instruct": (2.5, 0.15, 10, 6e-7),
+    "gemma-2-9b-it": (10, 0.5, 20, 8e-7),
+    "qwen2.5-7b-instruct": (10, 0.3, 3, 1e-6),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_published_runs_have_their_published_numbers_and_three_counterparts(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    folder = ROOT / "experiments" / model / METHODS
+    beta, ratio, tau, rate = PUBLISHED[model]
+    config = resolved(folder / "gamma_simpo.yaml", capsys)
+    assert config["model.loss.class_path"].endswith("SimPO") and config["model.loss.init_args.beta"] == beta
+    assert config["model.margin.class_path"].endswith("KL") and config["model.margin.init_args.center"] is False
+    assert config["model.margin.init_args.gamma0"] == pytest.approx(beta * ratio)
+    assert config["model.margin.init_args.tau"] == tau
+    assert config["model.optimizer.init_args.lr"] == rate
+    assert config["trainer.devices"] * config["data.batch_size"] * config["trainer.accumulate_grad_batches"] == (
+        64 if "gemma" in model else 128
+    )
+    assert config["model.policy.dtype"] == "float32" and config["trainer.precision"] == "bf16-mixed"
+    counterparts = {path.stem for path in folder.glob("*.yaml")} - {"base", "gamma_simpo"}
+    assert counterparts == {"simpo", "gamma_dpo", "dpo"}

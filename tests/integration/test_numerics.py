@@ -94,7 +94,7 @@ def test_limiting_the_test_batches_limits_the_report(
     for loss in (["--model.loss", "DPO"], ["--model.loss", "SimPO", "--model.loss.beta", "2.0"]):
         checkpoint = fit(tiny_model_path, tiny_data, tmp_path, loss) / "checkpoints" / "last.ckpt"
         options = [*loss, "--ckpt_path", str(checkpoint), "--trainer.limit_test_batches", "1"]
-        options += ["--data.eval_batch_size", "4", "--report.enabled", "true", "--report.num_prompts", "0"]
+        options += ["--data.eval_batch_size", "4", "--report.enabled", "true", "--report.num_prompts", "1"]
         done = run("test", tiny_model_path, tiny_data, tmp_path, options)
         assert '"num_pairs": 4' in (done.trainer_dir / "report.json").read_text()
 

@@ -74,7 +74,7 @@ def both(
 ) -> tuple[Path, Path, Path, str]:
     """The directories of a one-process and a two-process run with the same global batch; rank states; messages."""
     root = tmp_path_factory.mktemp("ranks")
-    options = ["--trainer.max_epochs", "2", "--pair_recorder.every_n_steps", "1", "--report.enabled", "true"]
+    options = ["--trainer.max_epochs", "3", "--pair_recorder.every_n_steps", "1", "--report.enabled", "true"]
     options += OBJECTIVE
     # 11 rows, two at a time: the second process's last batch is empty. A margin's pool is a step of all ranks.
     options += ["--report.num_prompts", "2", "--data.eval_batch_size", "2", "--data.validation", tiny_data["test"]]
@@ -95,7 +95,7 @@ def both(
 
 def test_two_processes_see_the_pairs_losses_and_margins_of_one(both: tuple[Path, Path, Path, str]) -> None:
     one, two = pairs_by_step(both[0]), pairs_by_step(both[1])
-    assert len(one) == 16 and one.keys() == two.keys()
+    assert len(one) == 24 and one.keys() == two.keys()
     for step, rows in one.items():
         assert rows.keys() == two[step].keys() and len(rows) == 4
         for row, expected in rows.items():
@@ -117,7 +117,7 @@ def test_validation_of_an_uneven_number_of_rows_counts_each_once(both: tuple[Pat
     names = ["val/loss", "val/rewards/margins", "val/rewards/accuracies", "val/accuracy/policy", "val/logps/chosen"]
     for name in names:
         expected = steps_of(both[0], name)
-        assert len(expected) == 2 and steps_of(both[1], name) == pytest.approx(expected, abs=LOSS_TOLERANCE, rel=1e-5)
+        assert len(expected) == 3 and steps_of(both[1], name) == pytest.approx(expected, abs=LOSS_TOLERANCE, rel=1e-5)
 
 
 def test_the_history_of_the_margin_and_the_run_directory_are_one_on_all_processes(

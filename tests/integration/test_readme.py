@@ -47,7 +47,7 @@ def test_every_command_is_understood(
     words = shlex.split(command)[3:]
     if words[0] in ("losses", "margins", "presets"):
         assert main(words) == 0
-    elif words[0] in ("inspect", "generate", "export", "evaluate"):
+    elif words[0] in ("inspect", "generate", "export", "evaluate", "study"):
         assert status_of(lambda: main([*words, "--print_config"])) == 0
         return
     else:

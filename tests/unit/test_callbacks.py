@@ -22,8 +22,11 @@ from torch.utils.data import DataLoader
 
 from gamma_po.callbacks import GammaStatistics, MarginHistograms, NonFiniteGuard, PairRecorder, RunPlots
 from gamma_po.callbacks.gamma_statistics import BATCHES_ON_DEVICE, PairCollector
+from gamma_po.callbacks.monitors import LearningRate, Throughput, pairs_and_tokens
 from gamma_po.callbacks.pair_recorder import write_parquet
+from gamma_po.callbacks.plots import VALIDATION_KEYS
 from gamma_po.errors import ConfigError
+from gamma_po.layouts import LAYOUTS
 from gamma_po.margins import build_margin
 from gamma_po.ranks import Local, Ranks
 from gamma_po.types import Evidence, LossOutput, ModelInput, PairLogps, PairRewards, PreferenceBatch
@@ -522,3 +525,80 @@ def test_callbacks_do_not_change_the_training(tmp_path: Path) -> None:
     free, _ = fit(tmp_path / "free", [])
     assert torch.equal(watched.weights, free.weights)
     assert torch.equal(state, torch.get_rng_state())
+
+
+class TestMonitors:
+    def test_pairs_and_tokens_are_those_the_model_reads_without_padding(self) -> None:
+        prompts, chosen, rejected = (
+            [torch.arange(length) for length in lengths] for lengths in ((3, 5), (2, 7), (4, 1))
+        )
+        expected = {"padded": 5 + 7 + 12 + 6, "packed": 5 + 7 + 12 + 6, "shared_prefix": 3 + 2 + 4 + 5 + 7 + 1}
+        for name, layout in LAYOUTS.items():
+            batch = PreferenceBatch(
+                model_inputs=(layout(prompts, chosen, rejected, 0),),
+                index=torch.arange(2),
+                weight=torch.ones(2),
+                flipped=torch.zeros(2, dtype=torch.bool),
+            )
+            assert pairs_and_tokens(batch).tolist() == [2, expected[name]]
+
+    def test_throughput_is_pairs_of_all_ranks_by_seconds_without_those_of_validation(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = SimpleNamespace(now=0.0)
+        monkeypatch.setattr("gamma_po.callbacks.monitors.time.perf_counter", lambda: clock.now)
+
+        class Slow(Policy):
+            def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+                clock.now += 2.0
+                return super().training_step(batch, batch_idx)
+
+            def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+                clock.now += 1000.0
+                return super().validation_step(batch, batch_idx)
+
+        options = {"validate": True, "val_check_interval": 1, "max_epochs": 1}
+        _, trainer = fit(tmp_path, [Throughput()], Slow(), **options)
+        assert logged_rows(trainer, "train/pairs_per_second") == pytest.approx([4 / 2, 4 / 2, 2 / 2])
+
+    def test_the_learning_rate_is_logged_where_there_is_a_logger_and_nothing_breaks_without(
+        self, tmp_path: Path
+    ) -> None:
+        class Scheduled(Policy):
+            def configure_optimizers(self) -> Any:
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+                schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+                return {
+                    "optimizer": optimizer,
+                    "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"},
+                }
+
+        _, trainer = fit(tmp_path, [LearningRate()], Scheduled(), max_epochs=1)
+        assert logged_rows(trainer, "train/lr") == pytest.approx([0.5, 0.25, 0.5 / 3])
+        quiet = Trainer(
+            accelerator="cpu",
+            logger=False,
+            callbacks=[LearningRate()],
+            max_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        quiet.fit(Scheduled(), loader(), loader())
+
+
+@pytest.mark.parametrize(
+    ("callback", "state"),
+    [
+        (RunPlots(), {"train_sums": {1: [1.0, 2.0, 3.0, 1.0]}, "validation": {n: [] for n in VALIDATION_KEYS}}),
+        (MarginHistograms(), {name: [[0, 1, 0.0, 1.0, [1]]] for name in ("gamma", "reward_margin")}),
+    ],
+    ids=["plots", "histograms"],
+)
+def test_a_resumed_run_that_fails_before_its_first_step_draws_nothing_anywhere(
+    callback: Any, state: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    callback.load_state_dict(state)
+    callback.on_exception(SimpleNamespace(is_global_zero=True), Policy(), RuntimeError())
+    assert not list(tmp_path.iterdir())

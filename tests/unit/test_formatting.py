@@ -136,14 +136,22 @@ def test_a_missing_column_is_named_beside_the_columns_that_are_there(missing: st
         ([user("a"), None], "message 2: a message must be an object with role and content, found null"),
         ([{"from": "human", "text": "x"}], "message 1: a message needs role and content, found from, text"),
         ([{"from": "user 1", "value": "x"}], "unknown role 'user 1'; allowed: system, human"),
-        ([{"from": "function_call", "value": "{}"}], "unknown role 'function_call'"),
+        ([{"from": "function_call", "value": "{}"}], "a call of a tool needs a name and arguments (an object, or its"),
+        ([{"from": "function_call", "value": "f(1)"}], 'or its JSON text), found "f(1)"'),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "content must be text, found a list"),
         ([{}], "message 1: a message needs role and content, found nothing"),
         ([{"role": "human", "content": "x"}], "unknown role 'human'; allowed: system"),
         ([{"role": ["user"], "content": "x"}], "unknown role ['user']"),
         ([{"role": "user", "content": None}], "content must be text, found null"),
         ([{"role": "user", "content": [{"type": "image"}]}], "content must be text, found a list"),
-        ([assistant("x") | {"tool_calls": [{"name": "f"}]}], "tool_calls cannot be trained on"),
+        (
+            [assistant("x") | {"tool_calls": [{"name": "f"}]}],
+            "needs a name and arguments (an object, or its JSON text)",
+        ),
+        ([assistant("x") | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}], "message 1: a call of a tool needs"),
+        ([assistant("x") | {"tool_calls": {"name": "f"}}], "tool_calls must be a list, of an assistant"),
+        ([user("x") | {"tool_calls": [{"name": "f", "arguments": {}}]}], "tool_calls must be a list, of an assistant"),
+        ([assistant("x") | {"function_call": {"name": "f"}}], "function_call is not read; allowed: role, content and"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_by_column_and_kind(column: str, value: Any, found: str) -> None:
@@ -328,3 +336,28 @@ def test_a_limit_below_one_is_a_configuration_error(source: str, limit: int) -> 
 def test_an_unknown_treatment_of_invalid_rows_is_a_configuration_error(source: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.invalid_rows='skip'.*error, drop"):
         read_preferences(source, Columns(), invalid_rows="skip")  # type: ignore[arg-type]
+
+
+CALLS = {
+    "OpenAI's": {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+    },
+    "without content": {
+        "role": "assistant",
+        "tool_calls": [{"id": "c1", "function": {"name": "add", "arguments": {"a": 1}}}],
+    },
+    "bare": {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "add", "arguments": {"a": 1}}]},
+    "ShareGPT's": {"from": "function_call", "value": '{"id": "c1", "name": "add", "arguments": {"a": 1}}'},
+}
+
+
+@pytest.mark.parametrize("shape", CALLS)
+def test_calls_of_tools_are_read_in_the_shapes_in_which_people_write_them(shape: str) -> None:
+    answer = {"role": "tool", "content": "2", "tool_call_id": "c1"}
+    found = convert(prompt=[user("1 + 1?"), CALLS[shape], answer], chosen="two", rejected="three")
+    call = found.prompt[1]["tool_calls"][0]
+    assert call["function"] == {"name": "add", "arguments": {"a": 1}} and call["type"] == "function"
+    assert found.prompt[1]["content"] == "" and found.prompt[2] == answer
+    assert found.chosen == "two"

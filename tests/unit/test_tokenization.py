@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from gamma_po.data.formatting import Preference
 from gamma_po.data.messages import Prompt
+from gamma_po.data.pair_files import prompt_key
 from gamma_po.data.tokenization import (
     Tokenization,
     TokenizedPair,
@@ -620,3 +622,56 @@ def test_smollm2_prompt_and_completion_are_the_whole_conversations_tokens(smollm
     found = tokenise(pair("Name a colour.", "Blue, I think.", "No."), smollm2)
     newline = smollm2("\n").input_ids
     assert found.prompt.tolist() + found.chosen.tolist() + newline == whole
+
+
+WITH_CALLS = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}"
+    "{% for c in m.tool_calls or [] %}"
+    "{{ '<call>' + c.function.name + ' ' + c.function.arguments | tojson }}{% endfor %}"
+    "{% if m.tool_call_id %}{{ '<of ' + m.tool_call_id + '>' }}{% endif %}{{ '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ONE_CALL = WITH_CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+NO_ARGUMENTS = WITH_CALLS.replace(" + ' ' + c.function.arguments | tojson", "")
+NEEDS_AN_ID = WITH_CALLS.replace("{% if m.tool_call_id %}", "{% if m.role == 'tool' %}")
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def with_calls(*calls: dict[str, Any], said: str = "", **answered: str) -> tuple[dict[str, Any], ...]:
+    """A question, calls of tools, and the answer of one."""
+    calling = {"role": "assistant", "content": said, "tool_calls": list(calls)}
+    return ({"role": "user", "content": "q"}, calling, {"role": "tool", "content": "4", **answered})
+
+
+def test_calls_of_tools_in_a_prompt_are_rendered_by_a_template_that_knows_them() -> None:
+    prompt = with_calls(call("add", a=2, b="ü"), call("stop"), said="so", tool_call_id="c7")
+    found = tokenise(pair(prompt, "four", "five"), byte_bpe(template=WITH_CALLS))
+    rendered = (
+        '<user>q</s>\n<assistant>so<call>add {"a": 2, "b": "ü"}<call>stop {}</s>\n<tool>4<of c7></s>\n<assistant>'
+    )
+    assert text_of(byte_bpe(), found.prompt) == rendered
+    assert text_of(byte_bpe(), found.chosen) == "four</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "expected"),
+    [
+        (CHATML, with_calls(call("add", a=2)), "leaves out the calls of tools of a conversation with the roles user"),
+        (ONE_CALL, with_calls(call("add"), call("stop")), "leaves out the calls of tools"),
+        (NO_ARGUMENTS, with_calls(call("add", a=2)), "leaves out the calls of tools"),
+        (NEEDS_AN_ID, with_calls(call("add", a=2)), "the chat template refuses the conversation"),
+        (WITH_CALLS, with_calls(call("<user>q</s>\n<assistant>")), "would be applied twice"),
+    ],
+)
+def test_calls_that_a_template_cannot_render_are_refused(template: str, prompt: Prompt, expected: str) -> None:
+    with pytest.raises(DataError) as caught:
+        tokenise(pair(prompt), byte_bpe(template=template))
+    assert str(caught.value).startswith(f"{WHERE}: ") and expected in str(caught.value)
+
+
+def test_prompts_that_differ_in_a_call_alone_are_different_prompts() -> None:
+    keys = {prompt_key(with_calls(*calls)) for calls in ([call("add", a=1)], [call("add", a=2)], [call("stop")])}
+    assert len(keys) == 3
