@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from gamma_po.errors import ConfigError
@@ -43,30 +46,65 @@ def plain_hparams(hparams: MutableMapping[str, Any]) -> None:
     hparams["_instantiator"] = INSTANTIATOR
 
 
+class StraightToFile(TorchCheckpointIO):
+    """Writes a checkpoint into its file; Lightning copies it twice in memory, and once into $TMPDIR."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a file.
+
+        Args:
+            checkpoint: what `torch.save` can write.
+            path: of the file, in a folder that is there.
+            storage_options: of remote places; none are allowed.
+
+        Raises:
+            OSError: the disk refuses, also where torch says only that a position is unexpected.
+        """
+        if storage_options is not None:
+            raise ConfigError(f"storage_options={storage_options!r} of a checkpoint: allowed: null, files are local")
+        try:
+            with open(path, "wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> None:
     """Write a checkpoint whole or not at all, whatever ends this process at whatever moment. All ranks take part.
 
     A file takes the place of another in one step. A folder of shards cannot: the old one waits under another name
-    (`last.ckpt.previous`) until the new one is in its place, and `ckpt_path: last` looks for it there, too.
+    (`last.ckpt.previous`) until the new one is in its place, and `ckpt_path: last` looks for it there, too. What a
+    disk that takes no more leaves unfinished is removed.
 
     Args:
         trainer: in training.
         path: of the file, or of the folder with a strategy that saves shards.
         weights_only: leave out what continues the training.
+
+    Raises:
+        OSError: the disk refuses.
     """
     partial = path.with_name(path.name + PARTIAL)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = StraightToFile()
     if trainer.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)  # left by a process that was killed
     trainer.strategy.barrier("save_whole")
-    trainer.save_checkpoint(partial, weights_only)
+    with _removed_if_unfinished(partial, here=trainer.is_global_zero):
+        trainer.save_checkpoint(partial, weights_only)
+        if trainer.is_global_zero:
+            _to_disk(partial)
     if trainer.is_global_zero:
-        _to_disk(partial)
         previous = path.with_name(path.name + PREVIOUS)
         if partial.is_dir() or path.is_dir():
             _remove(previous)
             if path.exists():
                 path.rename(previous)
         os.replace(partial, path)
+        _folder_to_disk(path.parent)
         _remove(previous)
     trainer.strategy.barrier("save_whole")
 
@@ -95,6 +133,26 @@ def _to_disk(path: Path) -> None:
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
+
+
+def _folder_to_disk(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def _removed_if_unfinished(path: Path, *, here: bool) -> Iterator[None]:
+    """Where it cannot be finished, remove what is written of a file: it would keep a full disk full."""
+    try:
+        yield
+    except (OSError, RuntimeError):
+        if here:
+            _remove(path)
+        raise
 
 
 def _remove(path: Path) -> None:

@@ -47,6 +47,7 @@ CALLBACKS = {
 }
 OUR_KEYWORDS = ("best", "last")  # of the runs of the same name
 LIGHTNING_KEYWORDS = ("hpc", "registry")
+INTERRUPTED = 130  # the status of a command that was told to stop
 RESUME = (
     "What a checkpoint (--ckpt_path) of other settings means. exact: refuse it if the training would not go on bit for "
     "bit as if it had not been interrupted. anyway: say what differs, and go on with what is given here."
@@ -188,15 +189,17 @@ class PreferenceCLI(LightningCLI):
         try:
             super().instantiate_classes()
             self.model.resume = self._get(self.config_init, "resume", default="exact")
+            self.datamodule.check_margin(self.model.margin)
         except (ConfigError, DataError, MisconfigurationException):
             raise
         except (ValueError, ImportError) as error:
             raise ConfigError(refusal(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Give the run its directory, with a CSV log in it, and a TensorBoard log unless a logger is configured.
+        """Give the run its directory, with a CSV and a TensorBoard log in it; loggers of the configuration come on top.
 
-        The CSV log comes first: `trainer.log_dir` is the first logger's folder, and other loggers share theirs.
+        The CSV log comes first: `trainer.log_dir` is the first logger's folder. A configured TensorBoard logger stands
+        in for the run's own.
         """
         configured = self._get(self.config_init, "trainer")
         chosen = configured["logger"]
@@ -206,9 +209,9 @@ class PreferenceCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         folder = self._run_folder()
         place = {"save_dir": folder.parent, "name": "", "version": folder.name}
-        others = _tensorboard(place) if chosen in (None, True) else chosen
-        others = others if isinstance(others, list) else [others]
-        kwargs["logger"] = [CSVLogger(**place, flush_logs_every_n_steps=10), *others]
+        given = [] if chosen in (None, True) else chosen if isinstance(chosen, list) else [chosen]
+        own = [] if any(isinstance(logger, TensorBoardLogger) for logger in given) else _tensorboard(place)
+        kwargs["logger"] = [CSVLogger(**place, flush_logs_every_n_steps=10), *own, *given]
         return super().instantiate_trainer(**kwargs)
 
     def _run_folder(self) -> Path:
@@ -238,7 +241,7 @@ def run(arguments: list[str] | None = None) -> int:
 
     Returns:
         0; 2 after a wrong configuration or wrong data; 1 where the numbers broke or the disk is full; 130 if
-        interrupted early.
+        interrupted.
     """
     try:
         PreferenceCLI(None if arguments == sys.argv[1:] else arguments)
@@ -255,5 +258,9 @@ def run(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        return 130
+        return INTERRUPTED
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        return INTERRUPTED  # Lightning turns an interruption of its loops into status 1
     return 0

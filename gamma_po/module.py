@@ -58,6 +58,7 @@ from gamma_po.resuming import (
     Resume,
     check_accumulation,
     check_end_of_training,
+    check_same_reference,
     check_same_run,
     check_same_settings,
     go_on_as_given,
@@ -364,8 +365,11 @@ class PreferenceModule(LightningModule):
             if datamodule.columns.margin is not None and not self.margin.reads_column:
                 raise ConfigError(
                     f"data.columns.margin={datamodule.columns.margin!r} is not used: the margin {self.margin.name} "
-                    "does not read a data column; allowed with: column"
+                    "does not read a data column; allowed with: column, or reverse and shuffled around it"
                 )
+            with as_one(self.ranks):
+                datamodule.check_margin(self.margin)
+                datamodule.check_column(self.margin)
             for split, dataset in datamodule.datasets.items():
                 self.attach_reference(dataset, split)
         if self.margin.needs_fit and self.trainer.ckpt_path is None:
@@ -423,6 +427,7 @@ class PreferenceModule(LightningModule):
         checkpoint[FORMAT_KEY] = FORMAT
         checkpoint["run"] = run_settings(self.trainer)
         checkpoint["steps"] = self._steps_in_all
+        checkpoint["reference_weights"] = self.reference.weights if self.reference else None
         batches = getattr(self.trainer.train_dataloader, "batch_sampler", None)
         if isinstance(batches, ShuffledBatches) and "loops" in checkpoint:
             straighten_progress(checkpoint["loops"], batches.epoch)
@@ -439,6 +444,8 @@ class PreferenceModule(LightningModule):
             check_same_run(checkpoint["run"], run_settings(trainer), self.resume)
             self._steps_before = checkpoint["steps"]
         self.loss_state, self.margin_state = load_step_state(self, checkpoint)
+        if trainer is not None and trainer.training and self.reference is not None:
+            check_same_reference(checkpoint.get("reference_weights"), self.reference.weights, self.resume)
 
     def _log_pair_metrics(self, prefix: str) -> None:
         values = self.pair_metrics.compute()

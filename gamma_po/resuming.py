@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.errors import ConfigError
 from gamma_po.saved import BESIDE_SHARDS, RECORDS, furthest_checkpoint
 
@@ -162,7 +163,39 @@ def run_settings(trainer: Trainer) -> dict[str, Any]:
         "gradient_clip_algorithm": str.__str__(trainer.gradient_clip_algorithm or "norm"),
         "limit_train_batches": trainer.limit_train_batches,
         **{name: getattr(data, name, None) for name in of_data},
+        "data_seed": getattr(data, "seed", None),
+        "data": _digest_of_training_data(data),
     }
+
+
+def _digest_of_training_data(data: Any) -> str | None:
+    """Hash of the pairs that training sees; None where other data modules hold them."""
+    train = data.datasets.get("train") if isinstance(data, PreferenceDataModule) else None
+    return None if train is None else train.digest()
+
+
+def check_same_reference(saved: str | None, here: str | None, resume: Resume) -> None:
+    """Refuse to continue a training under another reference, or from another start, of equal shapes.
+
+    Args:
+        saved, here: fingerprints of the checkpoint's reference and of this run's; None where it is not known.
+        resume: `anyway` says that they differ, and goes on.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if saved is None or here is None or saved == here:
+        return
+    message = (
+        f"the checkpoint was written with a reference of other weights (fingerprint {saved[:12]}) than this run has "
+        f"({here[:12]})"
+    )
+    if resume == "exact":
+        raise ConfigError(
+            f"{message}: it would not continue bit for bit; let model.policy (and model.reference_model, where one is "
+            f"set) name the model of the run that wrote it, or {GO_ON}"
+        )
+    log.warning("%s: the training goes on with what is given here", message)
 
 
 def check_same_run(saved: dict[str, Any], here: dict[str, Any], resume: Resume) -> None:

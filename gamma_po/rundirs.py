@@ -32,12 +32,26 @@ class RunDirectory:
         """Where runs of this name lie."""
         return Path(self.root).expanduser() / self.name
 
+    def check(self) -> None:
+        """Say whether the folder could be made, and make nothing.
+
+        Raises:
+            ConfigError: something there is no folder, or may not be written to.
+        """
+        nearest = next(path for path in (self.parent, *self.parent.absolute().parents) if os.path.lexists(path))
+        reason = None if nearest.is_dir() else f"{nearest} is no folder"
+        if reason is None and not os.access(nearest, os.W_OK | os.X_OK):
+            reason = f"{nearest} may not be written to"
+        if reason is not None:
+            raise ConfigError(f"run.root={self.root!r}: no folder can be made there: {reason}")
+
     def create(self) -> Path:
         """Make the folder and return it. Only the first process of a run calls this; the others ask it.
 
         Raises:
             ConfigError: the folder cannot be made.
         """
+        self.check()
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         try:
             self.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
@@ -20,11 +20,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gamma_po.adapters import DESCRIPTION, START, check_adapter, load_adapter
+from gamma_po.data.tokenization import Template, Tokenization
 from gamma_po.errors import ConfigError
 from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model, load_tokenizer
 
 ALLOWED = "allowed: a run directory, a .ckpt file, an exported adapter or model, a hub name, package:NAME"
-CHECKPOINTS = ("last.ckpt", "interrupted.ckpt")
+LAST = "last.ckpt"
+CHECKPOINTS = (LAST, "interrupted.ckpt")
 FORMAT_KEY, FORMAT = "gamma_po_format", 1  # raised when a checkpoint's parts come to mean something else
 BESIDE_SHARDS = "meta.pt"  # Lightning's file for all but weights and optimizer in a sharded checkpoint
 PREVIOUS = ".previous"  # a folder of shards while the next one takes its name
@@ -100,7 +102,7 @@ def on_device(opened: Opened, device: str | None) -> Opened:
 
 
 def find_checkpoint(path: str) -> Path:
-    """Return the checkpoint itself, or the last one of a run directory.
+    """Return the checkpoint itself, or the one file of a run directory with the most optimizer steps.
 
     Raises:
         ConfigError: there is none.
@@ -108,10 +110,10 @@ def find_checkpoint(path: str) -> Path:
     place = Path(path).expanduser()
     if place.is_dir():
         place = latest_run(place) or place
-        found = [place / "checkpoints" / name for name in CHECKPOINTS if (place / "checkpoints" / name).is_file()]
-        if not found:
+        found = _furthest(file for file in _checkpoints(place) if file.is_file())
+        if found is None:
             raise ConfigError(f"{path!r}: no checkpoint in it; allowed: a .ckpt file, or a run directory that has one")
-        return found[0]
+        return found.path
     if not place.is_file():
         raise ConfigError(f"{path!r}: no such checkpoint; allowed: a .ckpt file, or a run directory that has one")
     return place
@@ -164,16 +166,29 @@ class Found(NamedTuple):
 def furthest_checkpoint(run: Path) -> Found | None:
     """Return the checkpoint of a run with the most optimizer steps: its last one, or one left by an interruption.
 
+    A run that writes no `last.ckpt` (`checkpoint.save_last: false`) has its numbered ones.
+
     Raises:
         ConfigError: one of them is damaged.
     """
+    return _furthest(_checkpoints(run))
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """Files and folders of shards from which a run can go on."""
+    folder = run / "checkpoints"
+    places = [folder / name for name in (*CHECKPOINTS, *(f"{name}{PREVIOUS}" for name in CHECKPOINTS))]
+    if not any((folder / name).exists() for name in (LAST, f"{LAST}{PREVIOUS}")):
+        places += sorted(set(folder.glob("*.ckpt")) - set(places))
+    return [place for place in places if (place / BESIDE_SHARDS if place.is_dir() else place).is_file()]
+
+
+def _furthest(places: Iterable[Path]) -> Found | None:
+    """The checkpoint with the most optimizer steps; of several, the first."""
     found = []
-    for name in (*CHECKPOINTS, *(f"{name}{PREVIOUS}" for name in CHECKPOINTS)):
-        path = run / "checkpoints" / name
-        settings = path / BESIDE_SHARDS if path.is_dir() else path
-        if settings.is_file():
-            values = read_plain(settings, needed=("global_step", "callbacks"))
-            found.append(Found(path, int(values["global_step"]), values["callbacks"]))
+    for place in places:
+        values = read_plain(place / BESIDE_SHARDS if place.is_dir() else place, needed=("global_step",))
+        found.append(Found(place, int(values["global_step"]), values.get("callbacks", {})))
     return max(found, key=lambda one: one.step, default=None)
 
 
@@ -225,6 +240,17 @@ def run_config(run: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def template_of(opened: Opened) -> Template:
+    """Return how a policy's run made text of prompts, by its `config.yaml`; outside of a run: auto.
+
+    Raises:
+        ConfigError: the `config.yaml` is not valid.
+    """
+    data = run_config(opened.run).get("data") if opened.run is not None else None
+    tokenization = data.get("tokenization") if isinstance(data, dict) else None
+    return "auto" if not tokenization else from_plain(Tokenization, tokenization).template
+
+
 def start_of_run(run: Path) -> ModelConfig | None:
     """Return the model that a run started from, by its `config.yaml`; None outside of a run."""
     if not all((run / name).is_file() for name in RECORDS):
@@ -256,13 +282,13 @@ def from_plain(kind: type[Built], plain: dict[str, Any]) -> Built:
 
 
 def _inside_run(folder: Path) -> Path:
-    """The exported policy of a run directory, or its last checkpoint; of several runs, those of the latest."""
+    """The exported policy of a run directory, or its furthest checkpoint; of several runs, those of the latest."""
     folder = latest_run(folder) or folder
     if (folder / "policy").is_dir():
         return folder / "policy"
-    for name in CHECKPOINTS:
-        if (folder / "checkpoints" / name).is_file():
-            return folder / "checkpoints" / name
+    found = _furthest(file for file in _checkpoints(folder) if file.is_file())
+    if found is not None:
+        return found.path
     there = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
     raise ConfigError(f"{str(folder)!r} holds no policy (there: {there}); {ALLOWED}")
 

@@ -96,8 +96,8 @@ class CompletionScorer(nn.Module):
 def check_layout(layout: str, model: PreTrainedModel, attention: str) -> None:
     """Refuse a model or a layout whose log-probabilities would be computed wrongly.
 
-    After what is known about them, both are tried: a short pair is scored, padded and in the layout, and compared
-    with the model's own logits.
+    What is known about them comes first. Then both are tried: a short pair is scored, padded and in the layout, and
+    compared with the model's own logits.
 
     Args:
         layout: name of the layout.
@@ -107,25 +107,27 @@ def check_layout(layout: str, model: PreTrainedModel, attention: str) -> None:
     Raises:
         ConfigError: naming the reason and the layout that works.
     """
-    if next(model.parameters()).is_meta:
-        return
-    wrong = _differs_from_logits("padded", model)
+    in_segments, tried = layout != "padded", not next(model.parameters()).is_meta
+    reason = _why_no_segments(model, attention) if in_segments else None
+    wrong = _differs_from_logits("padded", model) if tried and reason is None else None
     if wrong is not None:
         raise ConfigError(f"{model.config.model_type}, as loaded, cannot be scored here: {wrong}")
-    if layout == "padded":
-        return
-    reason = None
-    other_layers = set(getattr(model.config, "layer_types", None) or []) - LAYERS_IN_SEGMENTS
-    if other_layers:
-        reason = f"{model.config.model_type} has layers of {', '.join(sorted(other_layers))}"
-    elif not getattr(model, "_supports_attention_backend", False):
-        reason = f"{model.config.model_type} does not let its attention be exchanged"
-    elif attention not in ("sdpa", "eager"):
-        reason = f"attention={attention} cannot attend in segments (sdpa and eager can)"
-    else:
+    if in_segments and tried and reason is None:
         reason = _differs_from_logits(layout, model)
     if reason is not None:
         raise ConfigError(f"data.layout={layout} does not work here: {reason}; allowed: padded")
+
+
+def _why_no_segments(model: PreTrainedModel, attention: str) -> str | None:
+    """What is known to keep a model from attending in segments, or None."""
+    other_layers = set(getattr(model.config, "layer_types", None) or []) - LAYERS_IN_SEGMENTS
+    if other_layers:
+        return f"{model.config.model_type} has layers of {', '.join(sorted(other_layers))}"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{model.config.model_type} does not let its attention be exchanged"
+    if attention not in ("sdpa", "eager"):
+        return f"attention={attention} cannot attend in segments (sdpa and eager can)"
+    return None
 
 
 @torch.no_grad()

@@ -13,25 +13,51 @@ from rich.table import Table
 from rich.text import Text
 
 from gamma_po.losses import LOSSES
-from gamma_po.margins import MARGINS, KLPool, KLSolver
+from gamma_po.margins import MARGINS, GammaBetaRatio, KLPool, KLSolver
 from gamma_po.margins.maps import MapShape
 from gamma_po.presets import PRESETS
 
-PARTS = {  # of margins: title, what they are
-    "map shapes: γ as a function of z, the option `shape` of map": MapShape,
-    "solvers of the KL margin: the option `solver` of kl": KLSolver,
-    "pools of the KL margin: the option `pool` of kl": KLPool,
+PARTS = {  # of margins: title, which there are
+    "map shapes: γ as a function of z, the option `shape` of map": MapShape.__subclasses__,
+    "solvers of the KL margin: the option `solver` of kl": KLSolver.__subclasses__,
+    "pools of the KL margin: the option `pool` of kl": KLPool.__subclasses__,
+    "ratios to β: {gamma_beta_ratio: 0.4} for a number in `gamma0` and `gamma`": lambda: [GammaBetaRatio],
+}
+SYMBOLS = {  # of formulas: how they look there, what they are
+    r"\bh\b": "h: reward margin",
+    r"ℓ": "ℓ(x) = -log s(x)",
+    r"ℓ|\bs\(": "s(x) = 1/(1 + e^-x)",
+    r"\ba[/0]|\bb\b": "a, b: log π of the chosen and rejected completion, summed over its tokens",
+    r"\ba0": "a0, b0: those of the reference",
+    r"\bn_[wl]\b": "n_w, n_l: their numbers of tokens",
+    r"\b_?r(_[wl])?\b": "r_w = a - a0, r_l = b - b0",
+    r"\bR(_[wl])?\b": "R: reward of one completion",
+    r"\bg\(": "g: the option `shape`",
+    r"\bz\b": "z: how far from the average, in deviations (with map: as the option `standardize` says)",
+    r"\bq\b": "q: share of γ0",
+    r"\brelu\b": "relu(x) = max(0, x)",
+    r"\bexpm1\b": "expm1(x) = e^x - 1",
 }
 OPTION = re.compile(r" {4}(\w+(?:, \w+)*): (.*)")
 
 
 def registry_table(command: str) -> Table:
-    """Return the table of `losses` or `margins`: name, class, formula, source."""
-    title = f"{command} (γ, h in reward units; nats; ε, β, λ as in the papers)"
+    """Return the table of `losses` or `margins`: name, class, formula, source; with a legend of the symbols."""
+    title = f"{command} (γ, h in reward units; nats; other Greek letters: options, see below)"
     table = _empty_table(title, "name", "class in YAML", "formula", "source")
+    table.caption = legend(*(entry.formula for entry in _registry(command).values()))
     for name, entry in _registry(command).items():
         table.add_row(*map(Text, (name, entry.__name__, entry.formula, entry.source)))
     return table
+
+
+def legend(*formulas: str) -> str:
+    """Return what the symbols mean that occur in formulas.
+
+    >>> legend("ℓ(h-γ)")
+    'h: reward margin; ℓ(x) = -log s(x); s(x) = 1/(1 + e^-x)'
+    """
+    return "; ".join(meaning for looks, meaning in SYMBOLS.items() if any(re.search(looks, one) for one in formulas))
 
 
 def option_table(command: str) -> Table:
@@ -40,11 +66,12 @@ def option_table(command: str) -> Table:
 
 
 def part_tables() -> list[Table]:
-    """Return the tables of what margins are made of: map shapes with their formulas, solvers and pools."""
+    """Return the tables of what margins are made of: map shapes with their formulas, solvers, pools and ratios to β."""
     tables = []
-    for title, base in PARTS.items():
-        parts = {part.__name__: part for part in base.__subclasses__()}
+    for title, which in PARTS.items():
+        parts = {part.__name__: part for part in which()}
         table = _empty_table(title, "class in YAML", "what it is")
+        table.caption = legend(*(getattr(part, "formula", "") for part in parts.values())) or None
         for name, part in parts.items():
             table.add_row(Text(name), Text(getattr(part, "formula", first_line(part))))
         tables += [table, _options(f"options of {title.partition(':')[0]}", parts)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-WEIGHT_FILES = ["*.safetensors", "*.json"]
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DOWNLOADED = ["model*.safetensors", INDEX, "config.json", "generation_config.json"]
+NOT_READ = "rotary_emb.inv_freq"  # the ending of names in older files; models compute these themselves
 SOURCE = "_weight_files"  # the attribute of a model without weights
 
 
 class WeightFiles:
-    """The safetensors files of a model, read a tensor at a time.
+    """The safetensors files of a model, read a tensor at a time: those that transformers reads, and no others.
 
     Args:
         folder: of the files.
@@ -28,12 +31,16 @@ class WeightFiles:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._file_of: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file, listed in _listed(folder).items():
             with safe_open(file, framework="pt") as opened:
-                self._file_of |= dict.fromkeys(opened.keys(), file)
+                names = set(opened.keys())
+            self._file_of |= dict.fromkeys(names if listed is None else names & listed, file)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
@@ -52,6 +59,18 @@ class WeightFiles:
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+def _listed(folder: Path) -> dict[Path, set[str] | None]:
+    """The files of a model's weights, and which tensors count in each; None stands for all."""
+    if (folder / ONE_FILE).is_file():
+        return {folder / ONE_FILE: None}
+    if not (folder / INDEX).is_file():
+        return {}
+    found: dict[Path, set[str] | None] = {}
+    for name, file in json.loads((folder / INDEX).read_text()).get("weight_map", {}).items():
+        found.setdefault(folder / Path(file).name, set()).add(name)  # by its name only: no path to follow
+    return {file: names for file, names in found.items() if file.is_file()}
 
 
 def source_of(model: nn.Module) -> dict[str, tuple[WeightFiles, str]]:
@@ -76,13 +95,15 @@ def empty_model(location: dict[str, object], dtype: torch.dtype, attention: str)
         attention: backend.
 
     Returns:
-        None where the files do not name each parameter as the model does (other formats, or weights that transformers
-        converts when it loads them): such a model has to be loaded whole.
+        None where the files do not name each parameter as the model does, and nothing else (other formats, quantised
+        weights, or ones that transformers converts when it loads them): such a model has to be loaded whole.
     """
     config = AutoConfig.from_pretrained(**location)
+    if getattr(config, "quantization_config", None) is not None:
+        return None
     path = Path(str(location["pretrained_model_name_or_path"]))
     if not path.is_dir():
-        path = Path(snapshot_download(str(path), revision=location.get("revision"), allow_patterns=WEIGHT_FILES))
+        path = Path(snapshot_download(str(path), revision=location.get("revision"), allow_patterns=DOWNLOADED))
     files = WeightFiles(path, dtype)
     trusted = {"trust_remote_code": location.get("trust_remote_code", False)}
     with _parameters_on_meta(), no_init_weights():
@@ -97,14 +118,16 @@ def empty_model(location: dict[str, object], dtype: torch.dtype, attention: str)
 
 
 def _complete(model: PreTrainedModel, files: WeightFiles) -> bool:
-    """Whether each parameter is in the files once at least, in its shape, and nothing else has to be read."""
+    """Whether each parameter is in the files once at least, in its shape, and nothing else is there to be read."""
     persistent = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     shapes = dict(model.named_parameters(remove_duplicate=False))
     found = [next((name for name in same if name in files), None) for same in names.values()]
-    return not persistent and all(name is not None and files.shape(name) == shapes[name].shape for name in found)
+    if persistent or any(name not in shapes and not name.endswith(NOT_READ) for name in files):
+        return False
+    return all(name is not None and files.shape(name) == shapes[name].shape for name in found)
 
 
 @contextmanager

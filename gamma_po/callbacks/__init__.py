@@ -5,7 +5,7 @@
     PairRecorder       every N steps, the micro-batch pair by pair: pairs/step-000050.parquet
     RunPlots           plots/loss.png and plots/reward_margin.png
     Throughput         pairs and tokens per second
-    LearningRate       the learning rate of each logged step
+    LearningRate       the learning rate of each logged step, beside its loss
     Samples            what the policy writes after each epoch: samples/epoch-001.jsonl (off unless asked for)
     NonFiniteGuard     stops before an optimizer step that a NaN or an infinity would spoil
 

@@ -10,10 +10,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gamma_po.checkpoints import save_whole
+from gamma_po.errors import require
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint; a resumed run ranks and deletes the checkpoints of its own folder only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        require(self.save_last != "link", "checkpoint.save_last", self.save_last, "true, false: a file of its own")
 
     @property
     def state_key(self) -> str:

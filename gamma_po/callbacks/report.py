@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow as pa
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 
 from gamma_po.callbacks.pair_recorder import write_parquet
+from gamma_po.callbacks.samples import holds_whole_policy
 from gamma_po.errors import require
 from gamma_po.evaluation.generation import Sampling
 from gamma_po.evaluation.gold import GoldReward
@@ -104,7 +104,7 @@ class Report(Callback):
     def _report(self, trainer: Trainer, module: LightningModule, table: dict[str, Tensor]) -> None:
         """Measure, print and save; samples come from the first process."""
         datamodule = trainer.datamodule
-        samplable = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        samplable = holds_whole_policy(trainer)
         if not samplable:
             rank_zero_warn(f"no samples: generation under {type(trainer.strategy).__name__} is not supported")
         folder = trainer.log_dir

@@ -55,26 +55,34 @@ class Samples(Callback):
         self.num_prompts, self.split, self.every_n_epochs, self.sampling = num_prompts, split, every_n_epochs, sampling
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say now what could not be done later.
+        """Say now what could not be done later."""
+        self.check(trainer)
+
+    def check(self, trainer: Trainer) -> None:
+        """Say what the run could not draw; its data is read.
 
         Raises:
-            ConfigError: the data has no such split.
+            ConfigError: there is no data module, or its data has no such split.
         """
+        datamodule = trainer.datamodule
         if not self.num_prompts:
             return
-        if not _one_process_can_write(trainer):
-            rank_zero_warn(
-                f"no samples: {type(trainer.strategy).__name__} shards the policy, and nothing is drawn then"
+        if not holds_whole_policy(trainer):
+            rank_zero_warn(f"no samples: {type(trainer.strategy).__name__} may shard the policy; nothing is drawn then")
+        elif datamodule is None:
+            raise ConfigError(
+                f"samples.num_prompts={self.num_prompts}: the prompts are a data module's, and the trainer has none; "
+                "allowed here: 0, or fit(module, datamodule=PreferenceDataModule(...))"
             )
-        elif self.split not in trainer.datamodule.datasets:
-            there = ", ".join(trainer.datamodule.datasets)
+        elif self.split not in datamodule.datasets:
+            there = ", ".join(datamodule.datasets)
             raise ConfigError(f"samples.split={self.split!r}: data.{self.split} is not set; allowed here: {there}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, write and log, if the epoch is due."""
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         folder = run_directory(trainer)  # on every process: the others ask the first one
-        if self.num_prompts and due and _one_process_can_write(trainer) and trainer.is_global_zero:
+        if self.num_prompts and due and holds_whole_policy(trainer) and trainer.is_global_zero:
             rows = self._rows(trainer, pl_module)
             path = folder / "samples" / f"epoch-{trainer.current_epoch + 1:03d}.jsonl"
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -120,6 +128,6 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", "<br>")
 
 
-def _one_process_can_write(trainer: Trainer) -> bool:
-    """Whether the first process holds the whole policy."""
-    return isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+def holds_whole_policy(trainer: Trainer) -> bool:
+    """Tell whether the first process can draw alone. Strategies derived from these, as DeepSpeed's, may shard."""
+    return type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gamma_po.commands.arguments import guarded, parse, short_path
 from gamma_po.data.formatting import Columns, read_preferences
-from gamma_po.data.tokenization import Tokenization, tokenize_preferences
+from gamma_po.data.tokenization import Template, Tokenization, tokenize_preferences
 from gamma_po.errors import ConfigError, require
 from gamma_po.evaluation.pair_scores import opened_reference, pair_logps, subset_names
 from gamma_po.evaluation.report import as_json
@@ -19,7 +19,7 @@ from gamma_po.evaluation.subsets import SubsetAccuracy, accuracy_table, reward_m
 from gamma_po.evaluation.win_rates import read_annotations, win_rates
 from gamma_po.files import write_text
 from gamma_po.inspection.show import facts_table
-from gamma_po.saved import SavedPolicy, on_device, open_policy
+from gamma_po.saved import Opened, SavedPolicy, on_device, open_policy, template_of
 from gamma_po.types import Evidence
 
 
@@ -40,7 +40,9 @@ class EvaluateOptions:
         reference_free: leave out the rewards that need a reference.
         subset: column that names each pair's subset.
         columns: how the columns are called.
-        tokenization: template and truncation.
+        template: how prompts and completions become text; by default `tokenization.template`, and where that is auto,
+            as in the policy's run.
+        tokenization: truncation, and a template.
         invalid_rows: what to do with empty completions, identical pairs and the like: stop, or drop and count.
         limit: only the first so many pairs.
         batch_size: completions per forward.
@@ -55,6 +57,7 @@ class EvaluateOptions:
     reference_free: bool = False
     subset: str | None = None
     columns: Columns = field(default_factory=Columns)
+    template: Template | None = None
     tokenization: Tokenization = field(default_factory=long_texts)
     invalid_rows: Literal["error", "drop"] = "error"
     limit: int | None = None
@@ -108,7 +111,8 @@ def pair_accuracies(options: EvaluateOptions, console: Console) -> dict[str, Any
     )
     subsets = subset_names(options.pairs, options.subset, {preference.location for preference in preferences})
     opened = on_device(open_policy(options.policy), options.device)
-    pairs, kept, counts = tokenize_preferences(preferences, opened.tokenizer, options.tokenization)
+    tokenization = tokenization_of(options, opened)
+    pairs, kept, counts = tokenize_preferences(preferences, opened.tokenizer, tokenization)
     policy, reference = pair_logps(opened.model, pairs, options.batch_size, "the policy"), None
     if not options.reference_free:
         with opened_reference(opened, options.reference) as model:
@@ -118,8 +122,23 @@ def pair_accuracies(options: EvaluateOptions, console: Console) -> dict[str, Any
     console.print(accuracy_table(rows))
     noted = {**dropped, **{key: number for key, number in counts.items() if number}}
     found = ", ".join(f"{key.replace('_', ' ')} {number}" for key, number in noted.items())
-    console.print(f"{options.pairs}: {found}", soft_wrap=True)
-    return {"accuracies": [as_plain(row) for row in rows], "counts": noted}
+    console.print(f"{options.pairs}: {found}; template {tokenization.template}", soft_wrap=True)
+    settings = {"template": tokenization.template}
+    return {"accuracies": [as_plain(row) for row in rows], "counts": noted, "settings": settings}
+
+
+def tokenization_of(options: EvaluateOptions, opened: Opened) -> Tokenization:
+    """Return how text becomes tokens, with the template of the policy's run where none is given.
+
+    Raises:
+        ConfigError: two different templates are given.
+    """
+    given = options.tokenization.template
+    agree = options.template is None or given in ("auto", options.template)
+    require(agree, "template", options.template, f"{given}, as tokenization.template says, or only one of them")
+    if options.template is None and given == "auto":
+        return replace(options.tokenization, template=template_of(opened))
+    return replace(options.tokenization, template=options.template or given)
 
 
 def as_plain(row: SubsetAccuracy) -> dict[str, Any]:

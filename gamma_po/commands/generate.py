@@ -12,13 +12,14 @@ from typing import Literal
 from rich.console import Console
 
 from gamma_po.commands.arguments import guarded, parse, short_path
+from gamma_po.data.tokenization import Template
 from gamma_po.errors import ConfigError, require
 from gamma_po.evaluation.answer_formats import answers_text, read_questions
 from gamma_po.evaluation.answering import answer_all, question_ids, settings_record
 from gamma_po.evaluation.chat import Conversation
 from gamma_po.evaluation.generation import Sampling
 from gamma_po.files import write_text
-from gamma_po.saved import SavedPolicy, on_device, open_policy
+from gamma_po.saved import SavedPolicy, on_device, open_policy, template_of
 
 HELP = "an empty line sends nothing; /reset forgets the conversation, /exit or Ctrl-D ends it"
 
@@ -35,6 +36,8 @@ class GenerateOptions:
             (`uid`, `prompt`), or one's own prompts (`prompt`: text or messages).
         generator: what the benchmark shall call the policy; by default its path.
         limit: answer only the first so many prompts.
+        template: how a prompt becomes text: with the chat template, as it is, or auto; by default as in the policy's
+            run, outside of a run auto.
         sampling: how answers are drawn.
         device: e.g. cpu or cuda; by default the GPU where there is one.
         interactive: chat in the terminal instead.
@@ -46,6 +49,7 @@ class GenerateOptions:
     format: Literal["alpaca_eval", "arena_hard", "arena_hard_v2", "prompts"] = "alpaca_eval"
     generator: str | None = None
     limit: int | None = None
+    template: Template | None = None
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=2048, batch_size=16))
     device: str | None = None
     interactive: bool = False
@@ -73,8 +77,9 @@ def generate(options: GenerateOptions) -> int:
     questions = read_questions(options.prompts, options.format, options.limit)
     opened = on_device(open_policy(options.policy), options.device)
     generator = options.generator or Path(options.policy.path).name
-    ids = question_ids(questions, opened.model, opened.tokenizer, options.sampling.max_new_tokens)
-    settings = settings_record(options.policy.path, opened.model, ids, options.sampling, generator)
+    template = options.template or template_of(opened)
+    ids = question_ids(questions, opened.model, opened.tokenizer, options.sampling.max_new_tokens, template)
+    settings = settings_record(options.policy.path, opened.model, ids, options.sampling, generator, template)
     partial = output.with_name(output.name + ".partial.jsonl")
     answers = answer_all(opened.model, opened.tokenizer, ids, options.sampling, partial=partial, settings=settings)
     write_text(output.with_name(output.name + ".settings.json"), json.dumps(settings, indent=2) + "\n")
@@ -96,7 +101,8 @@ def chat(options: GenerateOptions) -> int:
     if unread:
         raise ConfigError(f"--interactive does not use {', '.join(unread)}")
     opened = on_device(open_policy(options.policy), options.device)
-    conversation = Conversation(opened.model, opened.tokenizer, options.sampling)
+    template = options.template or template_of(opened)
+    conversation = Conversation(opened.model, opened.tokenizer, options.sampling, template)
     console = Console(highlight=False)
     console.print(f"chat with {options.policy.path}: {HELP}", style="dim")
     while True:

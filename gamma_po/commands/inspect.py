@@ -14,13 +14,15 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 
+from gamma_po.callbacks.samples import Samples
 from gamma_po.cli import PreferenceCLI
 from gamma_po.data.sources import iterate_rows
 from gamma_po.errors import ConfigError, DataError, require
-from gamma_po.inspection.cost import free_memory
-from gamma_po.inspection.dry_run import DryRun, memory_findings, reference_scorer
+from gamma_po.inspection.cost import Memory, free_memory, parameter_bytes
+from gamma_po.inspection.dry_run import DryRun, longest_last, memory_findings, reference_scorer
 from gamma_po.inspection.findings import Finding, blocking, verdict
 from gamma_po.inspection.reference_accuracy import (
     ReferenceAccuracy,
@@ -41,6 +43,7 @@ from gamma_po.inspection.sections import (
     show_data,
     time_rows,
 )
+from gamma_po.inspection.sharded import NOT_COUNTED, computed_memory, copy_bytes, gathered_bytes, without_weights
 from gamma_po.inspection.show import duration, facts_table, pair_table
 
 REFUSED = 1
@@ -59,7 +62,7 @@ class InspectOptions:
 
     show: int = 2
     sample: int = 64
-    seconds: float = 10.0
+    seconds: float = 6.0
     max_pairs: int = 20_000
 
     def __post_init__(self) -> None:
@@ -79,7 +82,10 @@ class InspectCLI(PreferenceCLI):
         parser.add_class_arguments(InspectOptions, "inspect")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer without loggers, which would make directories."""
+        """Make the trainer without loggers, which would make directories; check the one that `fit` would make."""
+        configured = self._get(self.config_init, "trainer")
+        if configured["logger"] is not False or configured["default_root_dir"] is None:
+            self._get(self.config_init, "run").check()
         return LightningCLI.instantiate_trainer(self, **{**kwargs, "logger": False})
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -120,22 +126,74 @@ def inspect_run(cli: PreferenceCLI, console: Console) -> list[Finding]:
     module, datamodule, trainer = cli.model, cli.datamodule, cli.trainer
     console.print(facts_table("the loss", loss_rows(module)))
     total = read_data(datamodule, module, trainer, options)
+    for callback in trainer.callbacks:
+        if isinstance(callback, Samples):
+            callback.check(trainer)
     planned = plan(trainer, datamodule, total)
     show_pairs(datamodule, module.tokenizer, options.show, console)
     findings = show_data(datamodule, module.tokenizer, total, console) + plan_findings(planned)
-    free = free_memory(trainer.strategy.root_device)
+    free, shared_by = free_memory(trainer.strategy.root_device), sharing_processes(trainer)
+    if shared_by > 1:
+        module.policy = without_weights(module)
+    if shared_by > 1 and parameter_bytes(module.policy.parameters()) + copy_bytes(module) > free:
+        findings += show_arithmetic(module, datamodule, trainer, free, console)
+    else:
+        module.policy = None
+        findings += show_measured(module, datamodule, trainer, planned, free, options, console)
+    console.print(verdict(findings))
+    console.print(f"inspected in {duration(time.perf_counter() - began)}; no run was started")
+    return findings
+
+
+def sharing_processes(trainer: Trainer) -> int:
+    """Return how many processes share the policy's weights; 1 where each holds all of them."""
+    return trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1
+
+
+def show_measured(
+    module: Any, datamodule: Any, trainer: Trainer, planned: Plan, free: int, options: InspectOptions, console: Console
+) -> list[Finding]:
+    """Load the models; print what is trained, the reference's accuracy and the cost, and judge them."""
     module.configure_model()
     trainer.precision_plugin.convert_module(module.policy.to(trainer.strategy.root_device))
     console.print(facts_table("the policy", policy_rows(module)))
-    findings += settings_findings(module, datamodule)
+    findings = settings_findings(module, datamodule)
     found = measure_reference(module, datamodule, options)
     console.print(facts_table("the reference before training", accuracy_rows(found)))
     findings += reference_findings(found)
     if found.finite:
         findings += show_cost(DryRun(module, datamodule), planned, found.seconds_per_pair, free, options, console)
-    console.print(verdict(findings))
-    console.print(f"inspected in {duration(time.perf_counter() - began)}; no run was started")
     return findings
+
+
+def show_arithmetic(module: Any, datamodule: Any, trainer: Trainer, free: int, console: Console) -> list[Finding]:
+    """Print what each process would hold of a model that does not fit here as a whole; nothing is measured.
+
+    Args:
+        module: its policy `without_weights`.
+        datamodule: set up.
+        trainer: of the run; its processes share the weights.
+        free: bytes on the device.
+        console: where to print.
+    """
+    console.print(facts_table("the policy", policy_rows(module)))
+    findings = settings_findings(module, datamodule)
+    dataset, batch_size, shared_by = datamodule.datasets["train"], datamodule.batch_size, trainer.world_size
+    batch = datamodule.collate(as_examples(dataset, longest_last(dataset)[-1:])).to(trainer.strategy.root_device)
+    whole = computed_memory(module, batch, batch_size, trainer.precision)
+    memory = whole.shared(shared_by, gathered_bytes(module.policy, trainer.precision))
+    title = f"memory of each of {shared_by} processes at the peak of a step, computed; {NOT_COUNTED}"
+    console.print(facts_table(title, memory_rows(memory, free)))
+    problem = "the whole model does not fit into one process here: reference and time are not measured"
+    findings.append(Finding("note", problem, "nothing; experiments/SCALING.md has the memory of such runs"))
+    return findings + judge_memory(memory, module, batch_size, free, shared_by)
+
+
+def judge_memory(memory: Memory, module: Any, batch_size: int, free: int, shared_by: int) -> list[Finding]:
+    """Compare the memory of one process with what is free."""
+    checkpointing, lora = bool(module.gradient_checkpointing), module.lora is not None
+    given = {"lora": lora, "checkpointing": checkpointing, "batch_size": batch_size, "shared_by": shared_by}
+    return memory_findings(memory.total, free, **given)
 
 
 def read_data(datamodule: Any, module: Any, trainer: Trainer, options: InspectOptions) -> int:
@@ -200,19 +258,16 @@ def show_cost(
         options: of the inspection.
         console: where to print.
     """
-    module, datamodule = dry.module, dry.datamodule
-    memory = dry.memory()
-    console.print(facts_table("memory at the peak of a step, estimated", memory_rows(memory, free)))
-    step = None
+    module, datamodule, shared_by = dry.module, dry.datamodule, sharing_processes(dry.module.trainer)
+    memory, step = dry.memory(), None
     if memory.total <= free:
         step = dry.seconds_per_step(seed=datamodule.seed, seconds=options.seconds)
+    title = "memory at the peak of a step, estimated"
+    if shared_by > 1:
+        memory = memory.shared(shared_by, gathered_bytes(module.policy, module.trainer.precision))
+        title = f"memory of each of {shared_by} processes at the peak of a step, estimated"
+    console.print(facts_table(title, memory_rows(memory, free)))
     cached = module.reference is not None and module.reference.source == "cached"
     rows = time_rows(planned, datamodule.batch_size, step, per_pair if cached else None)
     console.print(facts_table("time, measured on this machine", rows))
-    return memory_findings(
-        memory.total,
-        free,
-        lora=module.lora is not None,
-        checkpointing=module.gradient_checkpointing,
-        batch_size=datamodule.batch_size,
-    )
+    return judge_memory(memory, module, datamodule.batch_size, free, shared_by)

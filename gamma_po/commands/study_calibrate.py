@@ -15,11 +15,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gamma_po.commands.study_lm import INTERRUPTED, check_same_study, execute, slots
+from gamma_po.commands.study_lm import INTERRUPTED, execute, slots
 from gamma_po.errors import ConfigError, require
 from gamma_po.files import write_text
-from gamma_po.studies.calibration import STRENGTHS, choose
-from gamma_po.studies.lm_outcome import implicit_margins, test_scores
+from gamma_po.studies.calibration import STRENGTHS, check_strengths, choose
+from gamma_po.studies.lm_folder import check_same_study
+from gamma_po.studies.lm_outcome import implicit_margins, test_prompts, test_scores, training_prompts
 from gamma_po.studies.lm_plan import LanguageArm, LanguageStudy, option, plan
 from gamma_po.studies.lm_study import read_result
 from gamma_po.studies.measures import log_likelihoods
@@ -35,7 +36,8 @@ class CalibrateOptions:
         fit: YAML file of an ordinary run whose margin is Map.
         pairs: held-out pairs with labels: a few hundred clean ones, or about ten times as many noisy ones.
         output: folder of the runs and of calibration.json. Given again, it continues.
-        strengths: of the map, 0 among them.
+        strengths: of the map, 0 among them, each once. Other than 0 is chosen only if it makes the labels likelier by
+            more than two standard errors.
         set: options of `fit` to change, by their dotted names, e.g. fewer steps: {trainer.max_steps: 100}.
         device: cpu, a process per worker with one thread; or gpu, a process per GPU.
         workers: processes; by default one per processor or GPU.
@@ -57,26 +59,32 @@ def run_calibration(options: CalibrateOptions) -> int:
         0; 1 if a run failed; 130 if interrupted.
     """
     require(options.workers is None or options.workers >= 1, "workers", options.workers, "an integer >= 1")
-    require(
-        0.0 in options.strengths, "strengths", options.strengths, "a list with 0, what the others are compared with"
-    )
+    check_strengths(options.strengths)
     study, folder = calibration_study(options), Path(options.output).expanduser().resolve()
     units = plan(study, folder, options.device)
     margin = option(units[0][0].config, "model.margin.class_path")
     if margin is None or margin.rpartition(".")[2] != "Map":
         raise ConfigError(f"fit={options.fit!r} has the margin {margin}; allowed: Map, whose strength is calibrated")
-    check_same_study(study, folder)
+    check_same_study(study, units, folder, options.device)
     failed = execute(study, units, folder, options.device, options.workers or slots(options.device))
     for name, reason in failed.items():
         sys.stderr.write(f"{name}: {reason}\n")
     if failed:
         return INTERRUPTED if "interrupted" in failed.values() else 1
-    gaps = []
+    gaps, held_out = [], []
     for (run,) in units:
         row = read_result(folder, run)
         assert row is not None, "every run has a result by now"
         gaps.append(implicit_margins(test_scores(folder / row["folder"])))
-    return _report(options.strengths, torch.stack(gaps), folder)
+        held_out = test_prompts(folder / row["folder"], run.config)
+    if shared := set(held_out) & training_prompts(units[0][0].config):
+        sys.stderr.write(
+            f"warning: {len(shared)} of the {len(set(held_out))} held-out prompts are training prompts, too; what was "
+            "learnt by heart counts for a strength there\n"
+        )
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(held_out))}
+    prompts = torch.tensor([numbers[prompt] for prompt in held_out])
+    return _report(options.strengths, torch.stack(gaps), prompts, folder)
 
 
 def calibration_study(options: CalibrateOptions) -> LanguageStudy:
@@ -87,9 +95,10 @@ def calibration_study(options: CalibrateOptions) -> LanguageStudy:
     return LanguageStudy(fit=options.fit, arms=arms, noise=[0.0], seeds=1, set=common, gold_columns=[])
 
 
-def _report(strengths: Sequence[float], gaps: torch.Tensor, folder: Path) -> int:
-    choice = choose(strengths, log_likelihoods(gaps))
-    table = Table(title=f"labels of {gaps.shape[1]} held-out pairs", box=box.SIMPLE_HEAD)
+def _report(strengths: Sequence[float], gaps: torch.Tensor, prompts: torch.Tensor, folder: Path) -> int:
+    choice = choose(strengths, log_likelihoods(gaps), prompts)
+    title = f"labels of {gaps.shape[1]} held-out pairs of {len(prompts.unique())} prompts"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for name in ("strength", "accuracy", "log-likelihood per pair, minus that at 0", "standard error"):
         table.add_column(name)
     right = ((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean(1).tolist()

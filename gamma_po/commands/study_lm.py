@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +22,7 @@ from rich.console import Console
 from gamma_po.errors import ConfigError, DataError, require
 from gamma_po.files import write_text
 from gamma_po.progress import track
+from gamma_po.studies.lm_folder import check_same_study, claimed
 from gamma_po.studies.lm_outcome import training_rows
 from gamma_po.studies.lm_plan import LanguageStudy, PlannedRun, Unit, option, plan, put, share_of
 from gamma_po.studies.lm_study import (
@@ -37,7 +38,7 @@ from gamma_po.studies.report import print_study, write_study, write_table
 from gamma_po.studies.running import available_workers, end_with_parent
 
 SHARD = re.compile(r"(\d+)/(\d+)")
-SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
+SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
 INTERRUPTED = 130
 
 
@@ -50,12 +51,13 @@ class LanguageOptions(LanguageStudy):
         fit: YAML file of an ordinary run, from which every run's configuration is derived.
         arms: by name; the first is the base loss. Fields: set, against, matched_to, without_flipped, noise.
         noise: shares of labels flipped, each in [0, 0.5).
-        seeds: how many; a seed is that of flips, batch order, adapters and samples.
+        seeds: how many; a seed is that of flips, batch order, adapters and samples. All seeds have the same training
+            pairs and test prompts, so intervals over seeds hold for these pairs and prompts.
         set: options of `fit` that all runs share, by their dotted names.
         gold_columns: columns of the test set with the gold rewards of its chosen and rejected completions.
         kls: KLs at which policies are compared on the reference's answers, by rescaling; the first is in the tables.
         margin: smallest difference of interest, of win rates.
-        only: run these arms and leave out the others; null for all.
+        only: run these arms, the first of `arms` among them, and leave out the others; null for all.
         device: cpu, a process per worker with one thread; or gpu, a process per GPU.
         workers: processes; by default one per processor or GPU.
         shard: i/n, the i-th of n shares of the runs, i from 0; or slurm, for the shares of a SLURM array. The tables
@@ -79,7 +81,7 @@ def run_language_study(options: LanguageOptions, arguments: Sequence[str]) -> in
     study = LanguageStudy(**{name: getattr(options, name) for name in names})
     folder, start = Path(options.output).expanduser().resolve(), time.monotonic()
     units = plan(study, folder, options.device)
-    check_same_study(study, folder)
+    check_same_study(study, units, folder, options.device)
     mine = units if options.shard is None else share_of(units, *shard_of(options.shard))
     failed = execute(study, mine, folder, options.device, options.workers or slots(options.device))
     for name, reason in failed.items():
@@ -101,39 +103,23 @@ def shard_of(text: str) -> tuple[int, int]:
     """Return index and count of a share of the runs.
 
     Raises:
-        ConfigError: not i/n, or SLURM's variables are not there.
+        ConfigError: not i/n, SLURM's variables are not there, or its array has gaps.
     """
     if text == "slurm":
         values = [os.environ.get(name) for name in SLURM]
         if None in values:
             raise ConfigError(f"shard=slurm needs the variables of a SLURM array: {', '.join(SLURM)}")
-        number, first, count = map(int, values)  # type: ignore[arg-type]
+        number, first, last, count = map(int, values)  # type: ignore[arg-type]
+        if last - first + 1 != count:
+            raise ConfigError(
+                f"shard=slurm: an array of {count} tasks from {first} to {last} has gaps; allowed: an array such as "
+                "0-9, whole and without a step, or --shard i/n in its script"
+            )
         return number - first, count
     found = SHARD.fullmatch(text)
     if found is None:
         raise ConfigError(f"shard={text!r} is not allowed; allowed: i/n with 0 <= i < n, or slurm")
     return int(found[1]), int(found[2])
-
-
-def check_same_study(study: LanguageStudy, folder: Path) -> None:
-    """Note what the folder's study is; refuse to continue another one in it.
-
-    Raises:
-        ConfigError: the folder holds something else.
-    """
-    file, text = folder / "plan.yaml", yaml.safe_dump(_plain(study), allow_unicode=True, sort_keys=False)
-    if file.is_file():
-        if file.read_text() != text:
-            raise ConfigError(f"{file} is of a study with other options; allowed: the same options, or another output")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"output={str(folder)!r} is neither empty nor a study's folder; allowed: a new folder")
-    else:
-        write_text(file, text)
-
-
-def _plain(study: LanguageStudy) -> dict[str, Any]:
-    base = {own.name: getattr(study, own.name) for own in fields(study)}
-    return base | {"arms": {name: dict(vars(arm)) for name, arm in study.arms.items()}}
 
 
 def slots(device: str) -> int:
@@ -195,7 +181,12 @@ def _take_slot(number: int | None, device: str) -> None:
 def run_unit(study: LanguageStudy, unit: Unit, folder: Path) -> dict[str, str]:
     """Run a run and its controls as far as they are not finished; return what failed."""
     for run in unit:
-        if read_result(folder, run) is None and (reason := run_one(study, run, folder)) is not None:
+        try:
+            with claimed(folder, run):
+                reason = None if read_result(folder, run) is not None else run_one(study, run, folder)
+        except (OSError, DataError) as error:  # a file of this run; others may still succeed
+            reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
             return {run.name: reason}
     return {}
 
@@ -221,7 +212,7 @@ def run_one(study: LanguageStudy, run: PlannedRun, folder: Path) -> str | None:
         during.enter_context(contextlib.redirect_stdout(log))
         during.enter_context(contextlib.redirect_stderr(log))
         during.enter_context(command_line(words))
-        status = run_command(words)
+        status = status_of(run_command, words)
     gc.collect()
     if status:
         return "interrupted" if status == INTERRUPTED else f"`fit` ended with status {status}; see {place / 'log.txt'}"
@@ -232,6 +223,19 @@ def run_one(study: LanguageStudy, run: PlannedRun, folder: Path) -> str | None:
     except DataError as error:
         return str(error)
     return None
+
+
+def status_of(command: Callable[[list[str]], int], words: list[str]) -> int:
+    """Return a command's status, also of one that ends by SystemExit: Lightning turns an interruption into one."""
+    try:
+        return command(words)
+    except SystemExit as end:
+        cause: BaseException | None = end
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):
+                return INTERRUPTED
+            cause = cause.__cause__ or cause.__context__
+        return end.code if isinstance(end.code, int) else 1
 
 
 @contextlib.contextmanager

@@ -19,7 +19,13 @@ from gamma_po.data.batching import TokenCosts
 from gamma_po.data.columns import Columns
 from gamma_po.data.dataset import Example, PairDataset, by_length, collate, cut_by_tokens
 from gamma_po.data.formatting import Preference
-from gamma_po.data.loader import ResumableLoader, SequentialBatches, ShuffledBatches, TokenBatches
+from gamma_po.data.loader import (
+    ResumableLoader,
+    SequentialBatches,
+    ShuffledBatches,
+    TokenBatches,
+    leave_signals_to_the_parent,
+)
 from gamma_po.data.mixtures import (
     Rules,
     Source,
@@ -38,6 +44,7 @@ from gamma_po.data.tokenization import Tokenization, TokenizedPair
 from gamma_po.data.vocabulary import check_padding, check_vocabulary
 from gamma_po.errors import ConfigError, DataError, require
 from gamma_po.layouts import LAYOUTS
+from gamma_po.margins.base import Margin
 from gamma_po.ranks import as_one, current_ranks
 from gamma_po.types import PreferenceBatch
 
@@ -283,6 +290,37 @@ class PreferenceDataModule(LightningDataModule):
                 "data.tokenization.max_prompt_length or max_completion_length"
             )
 
+    def check_margin(self, margin: Margin) -> None:
+        """Refuse label noise under a margin that takes no negative number; the data need not be there.
+
+        Raises:
+            ConfigError: it would turn the sign of numbers whose logarithm is taken.
+        """
+        refuses_negative = margin.check_column(torch.tensor([-1.0])) is not None
+        allowed = (
+            f"0 with the margin {margin}, as a flipped label turns the sign of the margin column, which must be > 0 "
+            "under the logarithm; or column.transform=identity"
+        )
+        require(self.label_noise == 0 or not refuses_negative, "data.label_noise", self.label_noise, allowed)
+
+    def check_column(self, margin: Margin) -> None:
+        """Refuse a row of any split whose number the margin cannot take; to be called after `setup`.
+
+        Raises:
+            DataError: names the row and its number.
+        """
+        for split, dataset in self.datasets.items():
+            column = dataset.labelled_column()
+            row = None if column is None else margin.check_column(column)
+            if column is None or row is None:
+                continue
+            flipped = ", its sign turned by data.label_noise" if dataset.flipped[row] else ""
+            raise DataError(
+                f"{self.preferences[split][row].location}: the margin column gives {float(column[row]):g}{flipped}, "
+                f"which the margin {margin} cannot take; allowed: finite numbers (32 bits), > 0 with "
+                "column.transform=log"
+            )
+
     def _with_reference(self, split: str) -> PairDataset:
         """The dataset, with cached reference log-probabilities where the module wants them."""
         dataset = self.datasets[split]
@@ -307,6 +345,7 @@ class PreferenceDataModule(LightningDataModule):
             "generator": torch.Generator().manual_seed(self.seed),
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": leave_signals_to_the_parent if self.num_workers else None,
         }
 
 

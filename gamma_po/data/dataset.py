@@ -54,6 +54,7 @@ class PairDataset(Dataset[Example]):
         self.column = column
         self.reference: PairLogps | None = None  # [N] each, in clean order
         self.scored_as: object = None  # what the reference's numbers depend on
+        self._digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -71,12 +72,22 @@ class PairDataset(Dataset[Example]):
         return Example(slot, pair.prompt, pair.chosen, pair.rejected, flipped, column, reference)
 
     def digest(self) -> str:
-        """Hash of tokens and labels: equal digests mean that training sees the same pairs."""
+        """Hash of tokens, labels and column, computed once: equal ones mean that training sees the same pairs."""
+        self._digest = self._digest or self._compute_digest()
+        return self._digest
+
+    def _compute_digest(self) -> str:
         digest = hashlib.sha256(self.flipped.numpy().tobytes())
+        if self.column is not None:
+            digest.update(b"column" + self.column.numpy().tobytes())
         for pair in self.pairs:
             for ids in (pair.prompt, pair.chosen, pair.rejected):
                 digest.update(len(ids).to_bytes(4, "little") + ids.to(torch.int32).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def labelled_column(self) -> Tensor | None:
+        """The column's numbers with the labels as training sees them, [N], float32."""
+        return None if self.column is None else torch.where(self.flipped, -self.column, self.column).float()
 
     def labelled_reference(self) -> PairLogps | None:
         """The reference's log-probabilities with the labels as training sees them, [N] each."""

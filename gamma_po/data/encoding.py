@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ class EncodedPair(NamedTuple):
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    marked: bool  # whether a text holds one of the chat template's special tokens
+    marked: bool  # whether a text holds one of the tokenizer's special tokens
 
 
 class _Frame(NamedTuple):
@@ -53,7 +55,9 @@ class Encoder:
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special_texts = tuple({*added, *tokenizer.all_special_tokens})
         self.special_ids = set(tokenizer.convert_tokens_to_ids(list(self.special_texts)))
+        self._find_special = re.compile("|".join(map(re.escape, self.special_texts))).search
         self.marks_start = self._marks_start()
+        self.arguments_as_text: bool | None = None  # how the template takes a call's; None before the first
         self._frames: dict[tuple[tuple[object, ...], ...], _Frame] = {}  # by the shape of the conversation
 
     def encode_pairs(self, preferences: Sequence[Preference]) -> list[EncodedPair]:
@@ -79,7 +83,7 @@ class Encoder:
         """The text before an answer without thoughts."""
         if self.chat:
             frame = self._frame(prompt, location)
-            return chat_text(prompt, None, self.tokenizer, location) + frame.before_answer
+            return self._chat_text(prompt, None, location) + frame.before_answer
         if not isinstance(prompt, str):
             raise DataError(
                 f"{location}: the prompt is a conversation, which needs a chat template; allowed: "
@@ -96,7 +100,7 @@ class Encoder:
         if not self.chat:
             return self.render_prompt(pair.prompt, pair.location), pair.chosen, pair.rejected
         before_answer = self._frame(pair.prompt, pair.location).before_answer
-        prompt = chat_text(pair.prompt, None, self.tokenizer, pair.location)
+        prompt = self._chat_text(pair.prompt, None, pair.location)
         sides = [self._render_completion(pair, completion, prompt) for completion in (pair.chosen, pair.rejected)]
         if before_answer and all(side.startswith(before_answer) for side in sides):
             prompt += before_answer
@@ -105,7 +109,7 @@ class Encoder:
 
     def _render_completion(self, pair: Preference, completion: str, prompt: str) -> str:
         """The text after the prompt, without the white space templates add behind their end-of-turn token."""
-        text = chat_text(pair.prompt, completion, self.tokenizer, pair.location)
+        text = self._chat_text(pair.prompt, completion, pair.location)
         if not text.startswith(prompt):
             raise DataError(
                 f"{pair.location}: with an answer, the chat template changes the conversation before it, so "
@@ -118,6 +122,25 @@ class Encoder:
                 f"{completion[:50]!r}; allowed: a template that keeps it, or {AS_TEXT}"
             )
         return text.rstrip() if text.rstrip().endswith(self.special_texts) else text
+
+    def _chat_text(self, prompt: Prompt, completion: str | None, location: str) -> str:
+        """The rendered conversation, the arguments of its calls in the form that the template takes."""
+        if self.arguments_as_text and not isinstance(prompt, str):
+            prompt = tuple(map(_with_arguments_as_text, prompt))
+        return chat_text(prompt, completion, self.tokenizer, location)
+
+    def _find_form_of_arguments(self, messages: Sequence[Message], location: str) -> None:
+        """Find out, at the first call, whether the template joins arguments to other text, as text of its own."""
+        arguments = [call["function"]["arguments"] for turn in messages for call in turn.get("tool_calls", ())]
+        if not arguments or self.arguments_as_text is not None:
+            return
+        try:
+            text = chat_text(tuple(messages), None, self.tokenizer, location)
+        except DataError as error:
+            if isinstance(error.__cause__, TypeError):  # of an object that is added to a text
+                self.arguments_as_text = True
+            return
+        self.arguments_as_text = any(str(given) in text for given in arguments)  # in Python's notation, not JSON's
 
     def _frame(self, prompt: Prompt, location: str) -> _Frame:
         """What surrounds conversations with these roles, found by rendering one with marks for contents."""
@@ -134,8 +157,9 @@ class Encoder:
         roles = [turn["role"] for turn in turns]
         marks = [f"mark{i}of{role}" for i, role in enumerate(roles)]
         messages = tuple(_marked(turn, mark) for turn, mark in zip(turns, marks, strict=True))
-        head = chat_text(messages, None, self.tokenizer, location)
-        whole = chat_text(messages, "markofanswer", self.tokenizer, location)
+        self._find_form_of_arguments(messages, location)
+        head = self._chat_text(messages, None, location)
+        whole = self._chat_text(messages, "markofanswer", location)
         lost = [f"{message['role']} message" for message in messages if message["content"] not in head]
         lost += [
             "calls of tools"
@@ -160,23 +184,31 @@ class Encoder:
         )
 
     def _is_marked(self, pair: Preference) -> bool:
-        """Whether a text of the pair holds the template's special tokens: they would not be read as text.
+        """Whether a text of the pair holds special tokens of the tokenizer: they would not be read as text.
+
+        Without a template, a prompt that begins with one is rendered already and may hold more, and its completions
+        may end with one.
 
         Raises:
             DataError: a text is a rendered conversation, so the template would be applied twice.
         """
-        if not self.chat:
-            return False
-        frame = self._frame(pair.prompt, pair.location)
         turns = [pair.prompt] if isinstance(pair.prompt, str) else [t for m in pair.prompt for t in message_texts(m)]
-        ends = [text.rstrip().removesuffix(self.tokenizer.eos_token) for text in (pair.chosen, pair.rejected)]
-        for text in [*turns, pair.chosen, pair.rejected]:
+        completions = [text.rstrip() for text in (pair.chosen, pair.rejected)]
+        if self.chat:
+            self._refuse_rendered([*turns, *completions], pair)
+        rendered = not self.chat and turns[0].lstrip().startswith(self.special_texts)
+        ends = self.special_texts if rendered else (self.tokenizer.eos_token,)
+        read = [*([] if rendered else turns), *(_without_end(text, ends) for text in completions)]
+        return any(self._find_special(text) for text in read)
+
+    def _refuse_rendered(self, texts: Sequence[str], pair: Preference) -> None:
+        frame = self._frame(pair.prompt, pair.location)
+        for text in texts:
             if found := _rendered(text.strip(), frame, self.tokenizer.bos_token or ""):
                 raise DataError(
                     f"{pair.location}: {text.strip()[:50]!r} already has the chat template's {found!r}, and the "
                     "template would be applied twice; allowed: texts without it, or data.tokenization.template: text"
                 )
-        return any(special in text for text in [*turns, *ends] for special in frame.special)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
@@ -223,6 +255,24 @@ class Encoder:
             return ids[: ids.index(eos) + 1]
         ended = self.chat and bool(ids) and ids[-1] in self.special_ids
         return ids if ended else [*ids, eos]
+
+
+def _without_end(text: str, ends: Sequence[str]) -> str:
+    """A text without the token at its end, if that is one of these."""
+    end = next((end for end in ends if text.endswith(end)), "")
+    return text.removesuffix(end)
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    """The message with the arguments of its calls as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [(call, call["function"]) for call in message["tool_calls"]]
+    written = [
+        {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+        for call, function in calls
+    ]
+    return {**message, "tool_calls": written}
 
 
 def _marked(message: Message, mark: str) -> Message:

@@ -12,7 +12,16 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from gamma_po.data.columns import Columns, UselessPair, missing, number, recognise
-from gamma_po.data.messages import Message, Prompt, is_transcript, message_texts, text_or_messages, transcript_messages
+from gamma_po.data.messages import (
+    Message,
+    Prompt,
+    is_transcript,
+    is_written_out,
+    message_texts,
+    text_or_messages,
+    transcript_messages,
+    waits_for_an_answer,
+)
 from gamma_po.data.sources import Row, iterate_rows, json_kind
 from gamma_po.errors import DataError, require
 
@@ -45,10 +54,10 @@ def to_preference(row: Row, columns: Columns) -> Preference:
         UselessPair: the conversations are not a pair.
     """
     row, columns = recognise(row, columns)
-    chosen, rejected = (_part(row, name) for name in (columns.chosen, columns.rejected))
+    chosen, rejected = (_part(row, name, columns) for name in (columns.chosen, columns.rejected))
     prompt: Prompt | None = None
     if columns.prompt is not None and columns.prompt in row.values:
-        prompt = _part(row, columns.prompt)
+        prompt = _part(row, columns.prompt, columns)
     if columns.format == "auto":
         prompt, chosen, rejected = _without_transcripts(prompt, chosen, rejected)
     if _is_conversation(chosen) != _is_conversation(rejected):
@@ -173,29 +182,36 @@ def chat_text(prompt: Prompt, completion: str | None, tokenizer: PreTrainedToken
         location: the row, for errors.
 
     Raises:
-        DataError: the template refuses the conversation.
+        DataError: the template refuses the conversation, or cannot join its parts to text.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if completion is not None:
         messages.append({"role": "assistant", "content": completion})
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=completion is None)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"{location}: the chat template refuses the conversation: {error}") from error
 
 
-def _part(row: Row, column: str) -> str | tuple[Message, ...]:
+def _part(row: Row, column: str, columns: Columns) -> str | tuple[Message, ...]:
     if column not in row.values:
         raise missing(row, column)
-    return text_or_messages(row.values[column], f"{row.location}: column {column!r}")
+    value, where = row.values[column], f"{row.location}: column {column!r}"
+    if columns.format == "auto" and isinstance(value, str) and is_written_out(value):
+        raise DataError(
+            f"{where} holds a list of messages written out as text; allowed: the list itself, in a .jsonl or .parquet "
+            f"file; `data.columns.format: plain` would read it as text"
+        )
+    return text_or_messages(value, where)
 
 
 def _without_transcripts(
     prompt: Prompt | None, chosen: str | tuple[Message, ...], rejected: str | tuple[Message, ...]
 ) -> tuple[Prompt | None, str | tuple[Message, ...], str | tuple[Message, ...]]:
-    """Turn transcripts into messages: both completions with their prompts, or a prompt that ends in "Assistant:"."""
-    if isinstance(prompt, str) and is_transcript(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
-        prompt = transcript_messages(prompt.rstrip())[:-1]
+    """Turn transcripts into messages: both completions with their prompts, or a prompt that an answer may follow."""
+    if isinstance(prompt, str) and waits_for_an_answer(prompt):
+        turns = transcript_messages(prompt)
+        prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
         if isinstance(chosen, str) and isinstance(rejected, str) and not is_transcript(chosen):
             return prompt, chosen.removeprefix(" "), rejected.removeprefix(" ")
     if all(isinstance(side, str) and is_transcript(side) for side in (chosen, rejected)):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
+from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -152,6 +155,26 @@ class SequentialBatches(Sampler[list[Slot]]):
         mine += [Slot(self.order[0], weight=0.0)] * (per_rank - len(mine))
         for start in range(0, per_rank, self.batch_size):
             yield mine[start : start + self.batch_size]
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Let a process that collates batches live on when its whole process group is told to stop.
+
+    The training process takes SIGINT and SIGTERM and finishes its step, for which it needs the next batches. SIGTERM
+    from the training process itself still ends the worker: that is how torch takes it down.
+
+    Args:
+        worker: number of the process, for `DataLoader(worker_init_fn=...)`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class ResumableLoader(DataLoader[Any]):

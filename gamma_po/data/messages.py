@@ -21,6 +21,7 @@ CALLER = "function_call"  # the role in which ShareGPT files write a call of a t
 UNSUPPORTED_KEYS = ("function_call", "reasoning_content")
 OF_A_TOOL = ("name", "tool_call_id")
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -51,6 +52,27 @@ def is_transcript(text: str) -> bool:
     (True, False)
     """
     return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def waits_for_an_answer(text: str) -> bool:
+    """Whether a text is a transcript that ends with a human's words, or with the assistant's name alone.
+
+    >>> [waits_for_an_answer("Human: Hi\\n\\nAssistant:" + end) for end in ("", " Hello", " Hello\\n\\nHuman: Bye")]
+    [True, False, True]
+    """
+    if not is_transcript(text):
+        return False
+    last = transcript_messages(text)[-1]
+    return (last["role"] == "user") == bool(last["content"].strip())
+
+
+def is_written_out(text: str) -> bool:
+    """Whether a text is a list of messages as JSON or Python writes one, e.g. in a cell of a CSV file.
+
+    >>> is_written_out("[{'role': 'user', 'content': 'Hi'}]"), is_written_out("[1] who has this role?")
+    (True, False)
+    """
+    return WRITTEN_OUT.match(text) is not None and text.rstrip().endswith("]")
 
 
 def transcript_messages(text: str) -> tuple[Message, ...]:
@@ -108,7 +130,8 @@ def message_texts(message: Message) -> list[str]:
 def _call(call: Any, where: str) -> dict[str, Any]:
     """A call as chat templates expect it: arguments as an object, which many files write as JSON text."""
     found = _loaded(call)
-    found = found.get("function", found) if isinstance(found, dict) else {}
+    found = (found.get("function") or found) if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
     arguments = _loaded(found.get("arguments"))
     if not isinstance(found.get("name"), str) or not isinstance(arguments, dict):
         raise DataError(

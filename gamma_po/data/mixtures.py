@@ -165,7 +165,7 @@ def select(
     return Split(
         pairs=Chosen(files, places[rows], "tokens"),
         preferences=Chosen(files, places[rows], "preference"),
-        column=torch.from_numpy(column.astype(np.float32)),
+        column=torch.from_numpy(column).float(),
         origin=torch.from_numpy(origin),
         prompt_keys=keys[rows, 0],
         counts=dict(counts),

@@ -36,7 +36,7 @@ from gamma_po.progress import track
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the file's layout and of what becomes of a row: raise it when either changes
+VERSION = 3  # of the file's layout and of what becomes of a row: raise it when either changes
 ROWS_AT_ONCE = 512
 IDS = pa.large_list(pa.int32())
 SCHEMA = pa.schema(

@@ -38,7 +38,9 @@ def read_rows(source: str) -> list[Row]:
     Args:
         source: a local .json (one list of objects), .jsonl, .parquet or .csv (with a header) file, UTF-8;
             `package:NAME/inner/file` for such a file inside an installed Python package; otherwise a hub data
-            set `owner/name` or `owner/name:split` (split: train unless given).
+            set `owner/name` or `owner/name:split` (split: train unless given). Parquet and hub sets give every object
+            of a column the same keys, with nulls for those that it did not have: such keys are left out of the
+            `arguments` of calls, with those that held a null before, as the two cannot be told apart.
 
     Returns:
         At least one row.
@@ -141,7 +143,7 @@ def _parquet_rows(file: Path, source: str) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(values, f"{source}, row {number}")
+                    yield Row(_without_padding(values), f"{source}, row {number}")
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{source}: cannot be read as Parquet after row {number}: {_one_line(error)}") from error
 
@@ -184,7 +186,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 def _hub_rows(source: str) -> Iterator[Row]:
     name, split = _hub_name(source)
     for number, values in enumerate(_load_hub(name, split, source), start=1):
-        yield Row(values, f"{name}:{split}, row {number}")
+        yield Row(_without_padding(values), f"{name}:{split}, row {number}")
 
 
 def _hub_name(source: str) -> tuple[str, str]:
@@ -217,6 +219,14 @@ def _load_hub(name: str, split: str, source: str) -> Any:
         raise DataError(
             f"{source}: split {split!r} could not be loaded from the hub: {_one_line(error)}; {ALLOWED}"
         ) from error
+
+
+def _without_padding(value: Any, *, arguments: bool = False) -> Any:
+    """A value of an Arrow table whose objects named `arguments` have lost the keys that hold null, at any depth."""
+    if isinstance(value, dict):
+        kept = {key: inner for key, inner in value.items() if inner is not None or not arguments}
+        return {key: _without_padding(inner, arguments=arguments or key == "arguments") for key, inner in kept.items()}
+    return [_without_padding(inner, arguments=arguments) for inner in value] if isinstance(value, list) else value
 
 
 def json_kind(value: object) -> str:

@@ -95,7 +95,8 @@ def tokenize_preferences(
         The pairs that are kept, their positions among `preferences`, and counts: pairs, kept; of the kept
         prompt_truncated, chosen_truncated, rejected_truncated; and dropped_overlong, dropped_identical (the
         same tokens, e.g. after truncation), dropped_end_inside (a completion that writes out the EOS token
-        before its end), dropped_marker_inside (a text that writes out a special token of the chat template).
+        before its end), dropped_marker_inside (a text that writes out a special token
+        of the tokenizer; without a template, a prompt that begins with one is rendered already and may hold more).
 
     Raises:
         ConfigError: the tokenizer cannot do what the options ask for.

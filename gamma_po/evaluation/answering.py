@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gamma_po.data.tokenization import Tokenization, prompt_ids
+from gamma_po.data.tokenization import Template, Tokenization, prompt_ids
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.evaluation.answer_formats import Answer, Question
 from gamma_po.evaluation.generation import Sampling, sampled_batches
@@ -25,7 +25,11 @@ VERSIONS = ("gamma_po", "torch", "transformers", "peft")
 
 
 def question_ids(
-    questions: Sequence[Question], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: int
+    questions: Sequence[Question],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+    template: Template = "auto",
 ) -> list[Tensor]:
     """Tokenise questions; none is cut.
 
@@ -34,15 +38,16 @@ def question_ids(
         model: whose positions limit prompt and answer together.
         tokenizer: the policy's.
         room: tokens kept for the answer.
+        template: how a prompt becomes text, as in training.
 
     Raises:
-        ConfigError: no prompt can fit beside an answer of that length.
+        ConfigError: no prompt can fit beside an answer of that length, or the tokenizer has no such template.
         DataError: a question is too long for the model.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     if positions <= room:
         raise ConfigError(f"max_new_tokens={room} leaves no room for a prompt: the model has {positions} positions")
-    options = Tokenization(max_prompt_length=positions - room, overlong="error")
+    options = Tokenization(template=template, max_prompt_length=positions - room, overlong="error")
     ids = []
     for question in questions:
         try:
@@ -53,7 +58,12 @@ def question_ids(
 
 
 def settings_record(
-    path: str, model: PreTrainedModel, prompts: Sequence[Tensor], sampling: Sampling, generator: str
+    path: str,
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    sampling: Sampling,
+    generator: str,
+    template: Template = "auto",
 ) -> dict[str, Any]:
     """Return all that the answers depend on, as plain values."""
     digest = hashlib.sha256()
@@ -64,6 +74,7 @@ def settings_record(
         "generator": generator,
         "weights": fingerprint(model),
         "prompts": {"number": len(prompts), "sha256": digest.hexdigest()},
+        "template": template,
         "sampling": {**asdict(sampling), "top_k": 0, "top_p": 1.0},
         "device": str(model.device.type),
         "dtype": str(model.dtype).removeprefix("torch."),

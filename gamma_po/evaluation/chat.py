@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from gamma_po.data.tokenization import Tokenization, prompt_ids
+from gamma_po.data.tokenization import Template, Tokenization, prompt_ids
 from gamma_po.evaluation.generation import Sampling, sampled_batches
 
 
@@ -30,13 +30,15 @@ class Conversation:
 
     Args:
         model: in eval mode.
-        tokenizer: the policy's, with a chat template; without one, each message stands alone.
+        tokenizer: the policy's.
         sampling: how answers are drawn; every turn has its own seed.
+        template: how a conversation becomes text, as in training; without a chat template, each message stands alone.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
+    template: Template = "auto"
     messages: list[dict[str, str]] = field(default_factory=list)
     forgotten: int = 0  # messages left out of the last prompt, the oldest first, because it had no room
 
@@ -58,11 +60,12 @@ class Conversation:
 
     def _prompt(self) -> torch.Tensor:
         """Token ids of as much of the conversation, from its end, as there is room for."""
-        if not self.tokenizer.chat_template:
-            return prompt_ids(self.messages[-1]["content"], self.tokenizer, Tokenization(template="text"))
         positions = getattr(self.model.config, "max_position_embeddings", None) or 2**31
         room = max(1, positions - self.sampling.max_new_tokens)
-        options = Tokenization(max_prompt_length=2**31)
+        if self.template == "text" or (self.template == "auto" and not self.tokenizer.chat_template):
+            options = Tokenization(template="text", max_prompt_length=room)
+            return prompt_ids(self.messages[-1]["content"], self.tokenizer, options)
+        options = Tokenization(template=self.template, max_prompt_length=2**31)
         for start in range(0, len(self.messages), 2):
             ids = prompt_ids(tuple(self.messages[start:]), self.tokenizer, options)
             if len(ids) <= room:

@@ -129,8 +129,12 @@ def compare(policy: Samples, reference: Samples, log_ratio: Tensor) -> Compariso
 
 def distinct_prompts(preferences: Sequence[Preference], number: int) -> list[int]:
     """Return where the first `number` different prompts stand."""
-    first = {repr(preference.prompt): i for i, preference in reversed(list(enumerate(preferences)))}
-    return sorted(first.values())[:number]
+    first: dict[str, int] = {}
+    for i in range(len(preferences)):
+        if len(first) == number:
+            break
+        first.setdefault(repr(preferences[i].prompt), i)
+    return list(first.values())
 
 
 def shown_prompt(prompt: Prompt) -> str:

@@ -19,6 +19,7 @@ LIBRARIES = 150 * 2**20  # loaded by `fit` after its start, on a CPU; measured
 HELD_BACK = 0.15  # of what comes and goes in a step; measured on a CPU
 PROBE = 64  # rows and columns of the parameter on which an optimizer's state is measured
 CGROUP = Path("/sys/fs/cgroup")
+SHARED = ("weights", "reference", "gradients", "optimizer")  # divided by FSDP2
 
 
 class Memory(NamedTuple):
@@ -31,16 +32,26 @@ class Memory(NamedTuple):
     activations: int  # what the backward pass needs, for the longest micro-batch
     head: int  # one chunk of logits and their gradient
     around: int  # what allocators hold back, and on a CPU the libraries that a run loads: `around_bytes`
+    gathered: int = 0  # weights of the other processes, where these share them
 
     @property
     def total(self) -> int:
         """The sum."""
         return sum(self)
 
+    def shared(self, processes: int, gathered: int) -> Memory:
+        """Return what each process holds if they share weights, reference, gradients and optimizer.
+
+        >>> Memory(8, 0, 8, 16, 5, 1, 2).shared(4, gathered=3).total
+        19
+        """
+        parts = {name: -(-getattr(self, name) // processes) for name in SHARED}
+        return self._replace(**parts, gathered=gathered)
+
 
 def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of the parameters, each tied one once."""
-    return sum({p.data_ptr(): p.numel() * p.element_size() for p in parameters}.values())
+    return sum({p.data_ptr() or id(p): p.numel() * p.element_size() for p in parameters}.values())
 
 
 def optimizer_bytes(factory: Callable[[list[Tensor]], Optimizer], trainable: Sequence[nn.Parameter]) -> int:
@@ -73,13 +84,19 @@ def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     return sum(kept.values())
 
 
-def at_batch_size(one: int, two: int, num_pairs: int) -> int:
-    """Bytes for a micro-batch, from those for one and for two pairs: a part that stays, and one per pair.
+def at_batch_size(longest: int, one: int, two: int, num_pairs: int) -> int:
+    """Bytes for a micro-batch of long pairs: a part that stays, and one per pair.
 
-    >>> at_batch_size(10, 14, 8)
-    38
+    Args:
+        longest: bytes for one long pair.
+        one, two: for one and for two short pairs, which tell what stays and take little time.
+        num_pairs: of the micro-batch.
+
+    >>> at_batch_size(30, 10, 14, 8)  # 6 stay
+    198
     """
-    return one + (num_pairs - 1) * max(0, two - one)
+    stays = min(longest, max(0, 2 * one - two))
+    return stays + num_pairs * (longest - stays)
 
 
 def head_bytes(model_input: ModelInput, num_pairs: int, vocab_size: int, itemsize: int) -> int:

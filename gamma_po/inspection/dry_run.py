@@ -48,6 +48,11 @@ def reference_scorer(module: PreferenceModule) -> Iterator[Callable[[PreferenceB
         yield lambda batch: score(scorer, batch.to(device))
 
 
+def longest_last(dataset: PairDataset) -> list[int]:
+    """Return the rows by the tokens of their pairs."""
+    return sorted(range(len(dataset)), key=lambda i: sum(len(part) for part in dataset.pairs[i][:3]))
+
+
 class DryRun:
     """Micro-batches of the run, computed as training would, without an effect.
 
@@ -82,11 +87,14 @@ class DryRun:
 
     def memory(self) -> Memory:
         """Measure and estimate the peak of a training step with the longest pairs."""
-        module, pairs = self.module, self.dataset.pairs
-        longest = max(range(len(pairs)), key=lambda i: sum(len(part) for part in pairs[i][:3]))
-        one, two = self.batch([longest]), self.batch([longest, longest])
+        module = self.module
+        by_length = longest_last(self.dataset)
+        one, short = self.batch(by_length[-1:]), by_length[:1]
         size_ = self.datamodule.batch_size
-        activations = at_batch_size(self._saved(one), self._saved(two), size_)
+        activations = self._saved(one)
+        if size_ > 1:
+            few = (self._saved(self.batch(short * number)) for number in (1, 2))
+            activations = at_batch_size(activations, *few, size_)
         config = module.policy.model.config
         if module.gradient_checkpointing:  # while layers are recomputed, all of their activations are there
             at_once = int(module.gradient_checkpointing) / max(1, config.num_hidden_layers)
@@ -142,7 +150,9 @@ class DryRun:
             model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=layers)
 
 
-def memory_findings(needed: int, free: int, *, lora: bool, checkpointing: bool, batch_size: int) -> list[Finding]:
+def memory_findings(
+    needed: int, free: int, *, lora: bool, checkpointing: bool, batch_size: int, shared_by: int = 1
+) -> list[Finding]:
     """Compare the estimate with what the device has.
 
     Args:
@@ -151,6 +161,7 @@ def memory_findings(needed: int, free: int, *, lora: bool, checkpointing: bool, 
         lora: adapters are trained.
         checkpointing: activations are recomputed.
         batch_size: pairs per micro-batch.
+        shared_by: processes that share the weights; then the bytes are those of each.
     """
     if needed <= TIGHT * free:
         return []
@@ -163,5 +174,8 @@ def memory_findings(needed: int, free: int, *, lora: bool, checkpointing: bool, 
         changes.append("model.lora (e.g. {r: 16, alpha: 32})")
     changes.append("shorter data.tokenization.max_prompt_length and max_completion_length")
     level = "fails" if needed > free else "note"
-    problem = f"a training step needs about {size(needed)}, and {size(free)} are free"
+    each = "" if shared_by == 1 else f" in each of {shared_by} processes"
+    if shared_by > 1:
+        changes.append("more GPUs")
+    problem = f"a training step needs about {size(needed)}{each}, and {size(free)} are free"
     return [Finding(level, problem, "; ".join(changes))]

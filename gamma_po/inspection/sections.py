@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
+from torch import nn
 
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.evaluation.intervals import Estimate
@@ -92,17 +94,23 @@ def policy_rows(module: Any) -> list[tuple[str, str]]:
 
 
 def settings_findings(module: Any, datamodule: Any) -> list[Finding]:
-    """Judge settings that only the loaded model and the data together can show to be wrong."""
+    """Judge settings that only the loaded model and the data together can show to be wrong.
+
+    Raises:
+        DataError: the margin cannot take a row's number, so that no step can be tried.
+    """
+    datamodule.check_column(module.margin)
     findings = []
     if datamodule.columns.margin is not None and not module.margin.reads_column:
         problem = f"data.columns.margin={datamodule.columns.margin!r} is not read by the margin {module.margin.name}"
-        findings.append(Finding("fails", problem, "unset data.columns.margin, or take the margin Column"))
+        change = "unset data.columns.margin, or take the margin Column, or Reverse or Shuffled around it"
+        findings.append(Finding("fails", problem, change))
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in datamodule.datasets["train"].pairs)
     most = getattr(module.policy.model.config, "max_position_embeddings", None)
     if most is not None and longest > most:
         problem = f"the longest sequence has {longest} tokens, the model's positions end at {most}"
         findings.append(Finding("likely wrong", problem, "lower data.tokenization's limits"))
-    rate = module.optimizer_factory(list(module.policy.parameters())[:1]).param_groups[0]["lr"]
+    rate = module.optimizer_factory([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
     if float(rate) >= HIGH_RATE:
         change = "model.optimizer.lr: about 1e-6 to 1e-5 for all weights, 1e-5 to 5e-4 for LoRA"
         findings.append(Finding("likely wrong", f"the learning rate is {float(rate):g}", change))
@@ -178,8 +186,9 @@ def time_rows(planned: Plan, batch_size: int, step: float | None, per_pair: floa
     rows = [("steps", f"{planned.steps} of {pairs} pairs each")]
     if step is None:
         return [*rows, ("a micro-batch", "not tried: it would not fit")]
+    where = ", measured on one process" if planned.processes > 1 else ""
     rows += [
-        ("a micro-batch", f"{duration(step)} ({batch_size} pairs)"),
+        ("a micro-batch", f"{duration(step)} ({batch_size} pairs{where})"),
         ("an epoch of training", duration(step * planned.batches)),
         ("the whole training", duration(step * planned.steps * planned.accumulate)),
     ]

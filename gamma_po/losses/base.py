@@ -34,7 +34,7 @@ class Loss(ABC):
     centers_kl: ClassVar[bool] = True  # dpo-like: uniform γ should leave the base loss unchanged
     takes_margin: ClassVar[bool] = True  # False: no preference in the loss, so a margin is an error
     beta_changes: ClassVar[bool] = False  # True: β is another at every step
-    couples_pairs: ClassVar[bool] = False  # True: a pair's loss depends on the other pairs of the micro-batch
+    couples_pairs: ClassVar[bool] = False  # True: as called, without its `step`, a pair's loss depends on other pairs
     matches_pairs: ClassVar[bool] = False  # True: it compares completions of different pairs
     needs_shared: ClassVar[bool] = False  # True: reads PairLogps.chosen_shared and rejected_shared
     needs_on_policy: ClassVar[bool] = False  # True: reads chosen_on_policy and rejected_on_policy of the policy
@@ -222,7 +222,7 @@ def require_margin_fits(loss: Loss, margin: str) -> None:
 def gradient_weight(loss: Loss, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None = None) -> Tensor:
     """How hard each pair pulls: -∂(Σ_j loss_j) / ∂reward_chosen_i, which for most losses is of loss_i alone.
 
-    For DPO this is σ(γ - h): 1/2 at the start, near 0 once a pair is learned. Where pairs are coupled, statistics
+    For DPO this is s(γ - h): 1/2 at the start, near 0 once a pair is learned. Where pairs are coupled, statistics
     of the batch (KTO's K, BCO's δ) and the other ranks' pairs are constants, as in training.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gamma_po.errors import require
+from gamma_po.errors import require, require_integer
 from gamma_po.losses.base import Loss, PairwiseLoss, require_not_negative, require_positive
 from gamma_po.losses.dpo import DPO
 from gamma_po.losses.wrapped import Wrapper
@@ -86,6 +86,7 @@ class BetaDPO(Wrapper):
         require(0 < self.keep <= 1, "beta_dpo.keep", self.keep, "0 < share <= 1")
         require(0 <= self.decay < 1, "beta_dpo.decay", self.decay, "0 <= decay < 1")
         require_positive(self, "min_beta")
+        require_integer("beta_dpo.seed", self.seed)
 
     def of_pairs(self, evidence: Evidence, target_margin: Tensor, ranks: Ranks | None) -> Tensor:
         """The loss of all pairs with β, as evaluation wants it; training calls what `step` returns."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gamma_po.errors import require
+from gamma_po.errors import require, require_integer
 from gamma_po.losses.base import Loss
 from gamma_po.margins.base import Margin, Pool, PoolMargin, as_target_margin
 from gamma_po.margins.kl import KL
@@ -78,8 +78,9 @@ class PoolWrapper(Margin):
     The pool is the inner margin's own where that has one beyond the step: step and history for KL, the training
     split for a map. For the others (column, alpha_dpo, amapo, kl_dual, kl without a history) it is the γ's of
     this step, of all ranks, and the most recent `history` ones, ranked by γ itself: with one pair in a step there
-    is still something to exchange. Over the pool the mean of γ is the inner margin's; over training it is too, as
-    far as the pool is like the data. Margins that are the same for every pair (none, fixed) stay as they are.
+    is something to exchange if γ differs from step to step, which it does not for KL without a history: one pair
+    alone has γ0. Over the pool the mean of γ is the inner margin's; over training it is too, as far as the pool is
+    like the data. Margins that are the same for every pair (none, fixed) stay as they are.
     """
 
     inner: Margin
@@ -94,7 +95,7 @@ class PoolWrapper(Margin):
             "a margin that gives each pair its own γ: any but reverse and shuffled",
         )
         if self.history is not None:
-            require(self.history >= 1, f"{self.name}.history", self.history, "an integer >= 1")
+            require_integer(f"{self.name}.history", self.history, at_least=1)
             why = "the same γ for every pair" if self.inner.is_constant else "a pool of its own"
             allowed = f"nothing with {self.inner.name!r}, which has {why}"
             require(self._remembers, f"{self.name}.history", self.history, allowed)
@@ -124,6 +125,10 @@ class PoolWrapper(Margin):
     def is_constant(self) -> bool:  # type: ignore[override]
         """As the inner margin."""
         return self.inner.is_constant
+
+    def check_column(self, column: Tensor) -> int | None:
+        """As the inner margin."""
+        return self.inner.check_column(column)
 
     def bind(self, loss: Loss) -> PoolWrapper:
         """Bind the inner margin."""
@@ -173,7 +178,7 @@ class Reverse(PoolWrapper):
     """
 
     name: ClassVar[str] = "reverse"
-    formula: ClassVar[str] = "same γ's, largest to the least confident pair"
+    formula: ClassVar[str] = "same γ's, largest to the smallest score (h, m or γ itself)"
     source: ClassVar[str] = "ablation in arXiv 2506.03690"
 
     inner: Margin = field(default_factory=KL)
@@ -222,6 +227,11 @@ class Shuffled(PoolWrapper):
     inner: Margin = field(default_factory=KL)
     seed: int = 0
     history: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        require_integer("shuffled.seed", self.seed)
 
     def _with_history(self, inner: Any) -> Any:
         """No step taken; nothing to remember where every pair has the same γ."""

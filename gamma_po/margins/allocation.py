@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gamma_po.errors import require
+from gamma_po.errors import require_integer
 from gamma_po.margins.solver import mirror_descent_margins, priced_kl_margins, solve_kl_margins
 
 
@@ -68,7 +68,7 @@ class RecentPool(KLPool):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        require(self.history >= 0, "RecentPool.history", self.history, "an integer >= 0")
+        require_integer("RecentPool.history", self.history, at_least=0)
 
     @property
     def is_step(self) -> bool:
@@ -112,8 +112,9 @@ class SampledPool(KLPool):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        require(self.sample >= 0, "SampledPool.sample", self.sample, "an integer >= 0")
-        require(self.memory >= self.sample, "SampledPool.memory", self.memory, "an integer >= SampledPool.sample")
+        require_integer("SampledPool.sample", self.sample, at_least=0)
+        require_integer("SampledPool.memory", self.memory, at_least=self.sample, limit="SampledPool.sample")
+        require_integer("SampledPool.seed", self.seed)
 
     @property
     def is_step(self) -> bool:
@@ -181,7 +182,7 @@ class MirrorDescent(KLSolver):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        require(self.steps >= 1, "MirrorDescent.steps", self.steps, "an integer >= 1")
+        require_integer("MirrorDescent.steps", self.steps, at_least=1)
 
     def allocate(
         self, reward_margin: Tensor, pool: KLPool, state: Any, *, gamma0: float, tau: float
@@ -217,7 +218,7 @@ class Dual(KLSolver):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        require(self.window >= 1, "Dual.window", self.window, "an integer >= 1")
+        require_integer("Dual.window", self.window, at_least=1)
 
     def init(self, pool: KLPool) -> Price:
         """No price yet: the first step's own pairs set it exactly."""

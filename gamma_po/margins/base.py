@@ -56,6 +56,14 @@ class Margin(ABC):
         """Return the state after seeing the reference's log-probabilities of the training split, [N] each."""
         return self.init()
 
+    def check_column(self, column: Tensor) -> int | None:
+        """Return the first row whose number this margin cannot take; None if it can take all.
+
+        Args:
+            column: [N], the data column with the labels as training sees them.
+        """
+        return None
+
     @abstractmethod
     def __call__(
         self, reward_margin: Tensor, evidence: Evidence, state: Any, ranks: Ranks | None = None
@@ -109,13 +117,20 @@ def in_reward_units(margin: Margin, option: str, loss: Loss) -> float:
     value = getattr(margin, option)
     if not isinstance(value, GammaBetaRatio):
         return value
-    if loss.reward_scale is None or loss.beta_changes:
-        problem = "has no beta" if loss.reward_scale is None else "has another beta at every step"
+    problem = _without_one_beta(loss)
+    if loss.reward_scale is None or problem:
         raise ConfigError(
             f"{margin.name}.{option}={value!r} is not allowed with the loss {loss.name!r}, which {problem}; allowed: a "
             "number, in reward units"
         )
     return value.gamma_beta_ratio * loss.reward_scale
+
+
+def _without_one_beta(loss: Loss) -> str | None:
+    """Why a loss has no β that a margin could take; None where it has one."""
+    if loss.reward_scale is None:
+        return "has no beta"
+    return "has another beta at every step" if loss.beta_changes else None
 
 
 def reward_units_of(margin: Margin, option: str) -> float:
@@ -163,12 +178,16 @@ class BetaMargin(Margin):
             require_positive(self, "beta")
 
     def bind(self, loss: Loss) -> BetaMargin:
-        """Take β from the loss where it was left open."""
+        """Take β from the loss where it was left open.
+
+        Raises:
+            ConfigError: it was, and the loss has no β or one that changes from step to step.
+        """
         super().bind(loss)
         if self.beta is not None:
             return self
-        if loss.reward_scale is None:
-            raise ConfigError(f"{self.name}.beta is undecided: the loss {loss.name!r} has no beta, so give one")
+        if problem := _without_one_beta(loss):
+            raise ConfigError(f"{self.name}.beta is undecided: the loss {loss.name!r} {problem}, so give one")
         return dataclasses.replace(self, beta=loss.reward_scale)
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gamma_po.errors import ConfigError, DataError, require
 from gamma_po.margins.base import Margin
-from gamma_po.ranks import Ranks
+from gamma_po.ranks import Local, Ranks, as_one
 from gamma_po.types import Evidence
 
 
@@ -47,16 +47,24 @@ class Column(Margin):
 
         Raises:
             ConfigError: the data carry no column.
-            DataError: a value is not finite, or not positive under the logarithm.
+            DataError: a value of this rank or another is not finite, or not positive under the logarithm.
         """
         if evidence.column is None:
             raise ConfigError("the column margin needs a number per pair: name it in data.columns.margin")
         value = evidence.column.detach().to(reward_margin.dtype)
-        usable = torch.isfinite(value) & ((value > 0) | (self.transform == "identity"))
-        if not bool(usable.all()):
-            bad = float(value[~usable][0])
-            raise DataError(
-                f"the margin column holds {bad}; allowed: finite numbers, > 0 with column.transform=log; or use "
-                "column.transform=identity"
-            )
+        with as_one(ranks or Local()):
+            self._check(value)
         return self.scale * (value.log() if self.transform == "log" else value), state
+
+    def check_column(self, column: Tensor) -> int | None:
+        """The first row whose number is not finite, or has no logarithm where one is taken."""
+        usable = torch.isfinite(column) & ((column > 0) | (self.transform == "identity"))
+        return None if bool(usable.all()) else int((~usable).nonzero()[0])
+
+    def _check(self, value: Tensor) -> None:
+        row = self.check_column(value)
+        if row is not None:
+            raise DataError(
+                f"the margin column holds {float(value[row])}; allowed: finite numbers, > 0 with "
+                "column.transform=log; or use column.transform=identity"
+            )

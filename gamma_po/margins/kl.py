@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gamma_po.errors import ConfigError, require
+from gamma_po.errors import ConfigError, require, require_integer
 from gamma_po.losses.base import Loss, require_positive
 from gamma_po.margins.allocation import Dual, Exact, KLPool, KLSolver, MirrorDescent, RecentPool, SampledPool
 from gamma_po.margins.base import (
@@ -149,7 +149,8 @@ class KL(KLMargin):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        require(self.history is None or self.history >= 0, "kl.history", self.history, "an integer >= 0")
+        if self.history is not None:
+            require_integer("kl.history", self.history, at_least=0)
         for option in ("history", "pool"):
             value = getattr(self, option)
             fits = value is None or self.solver.uses_pool
@@ -178,7 +179,7 @@ class KLDual(KLMargin):
     """
 
     name: ClassVar[str] = "kl_dual"
-    formula: ClassVar[str] = "γ = γ0 q, log q = μ - (γ0/τ) σ(γ-h), μ a running price with mean q = 1"
+    formula: ClassVar[str] = "γ = γ0 q, log q = μ - (γ0/τ) s(γ-h), μ a running price with mean q = 1"
     source: ClassVar[str] = "γ-PO, arXiv 2506.03690 (dual)"
 
     window: int = 512

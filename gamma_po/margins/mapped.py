@@ -88,12 +88,16 @@ class Map(BetaMargin, PoolMargin):
         return Fitted(torch.zeros_like(one), one, one, torch.empty(0, dtype=torch.float64))
 
     def fit(self, reference: PairLogps) -> Fitted:
-        """Read location, scale and budget off the training split."""
+        """Read location, scale and budget off the training split.
+
+        Raises:
+            DataError: no margins, one that is not finite, or margins without a z-score.
+            ConfigError: no rescaling meets the budget.
+        """
         score = self._score(reference).sort().values
         one = torch.ones((), dtype=torch.float64, device=score.device)
-        location, scale = torch.zeros_like(one), one
-        if self.standardize != "quantile":
-            location, scale = location_and_scale(score, self.standardize)
+        statistics = "raw" if self.standardize == "quantile" else self.standardize  # a quantile is of m as it is
+        location, scale = location_and_scale(score, statistics)
         fitted = Fitted(location, scale, one, score)
         if self.budget is None:
             return fitted

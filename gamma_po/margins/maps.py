@@ -132,18 +132,18 @@ class Piecewise(MapShape):
 
 @dataclass(frozen=True, kw_only=True)
 class Softplus(MapShape):
-    """γ = (k/σ) log(1 + exp(σ (z - t))): the smooth form of two slopes, 0 and k.
+    """γ = (k/κ) log(1 + exp(κ (z - t))): the smooth form of two slopes, 0 and k.
 
     Args:
         k: slope far above the threshold, >= 0, reward units per unit of z.
-        sharpness: σ, > 0, per unit of z; the bend is about 1/σ wide.
+        sharpness: κ, > 0, per unit of z; the bend is about 1/κ wide.
         threshold: t, the middle of the bend, in units of z.
 
     >>> Softplus(k=2.0, sharpness=1.0, threshold=0.0)(torch.tensor([0.0, 50.0]))
     tensor([  1.3863, 100.0000])
     """
 
-    formula: ClassVar[str] = "γ = (k/σ) log(1 + exp(σ (z - t))), σ = sharpness, t = threshold"
+    formula: ClassVar[str] = "γ = (k/κ) log(1 + exp(κ (z - t))), κ = sharpness, t = threshold"
 
     k: float = 0.5
     sharpness: float = 4.0
@@ -156,7 +156,7 @@ class Softplus(MapShape):
         self._require(self.sharpness > 0, "sharpness", "a number > 0")
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Return (k/σ) log(1 + exp(σ (z - t)))."""
+        """Return (k/κ) log(1 + exp(κ (z - t)))."""
         bent = torch.logaddexp(self.sharpness * (z - self.threshold), torch.zeros_like(z))
         return self.k / self.sharpness * bent
 
@@ -174,7 +174,7 @@ class Sigmoid(MapShape):
     tensor([4.1223e-09, 1.0000e+00, 2.0000e+00])
     """
 
-    formula: ClassVar[str] = "γ = gmax · s((z - t) / T), s = logistic, t = threshold, T = temperature"
+    formula: ClassVar[str] = "γ = gmax · s((z - t) / T), t = threshold, T = temperature"
 
     gmax: float = 1.0
     threshold: float = 1.0

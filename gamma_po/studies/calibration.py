@@ -2,7 +2,7 @@
 
 A map with strength k (see `Map`) is trained for every k of a list. Held-out pairs then say which policy explains
 their labels best, by the likelihood s(c (f_chosen - f_rejected)) with the best c for each policy; what is not better
-than no margin by more than its standard error is not trusted. The labels may be noisy, if there are more of them.
+than no margin by more than two standard errors is not trusted. The labels may be noisy, if there are more of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gamma_po.errors import ConfigError
+from gamma_po.errors import ConfigError, DataError
 from gamma_po.losses import DPO
 from gamma_po.margins import Map, NoMargin
 from gamma_po.studies.arms import MAP_BUDGET, base_arms
@@ -26,6 +26,7 @@ from gamma_po.studies.study import Study, common_checks, compare, oracle_check
 from gamma_po.studies.training import Training
 
 STRENGTHS = (-2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)
+ERRORS_NEEDED = 2.0  # standard errors by which a margin must beat none: the best of several is above 0 by chance
 
 
 class Choice(NamedTuple):
@@ -33,30 +34,68 @@ class Choice(NamedTuple):
 
     strength: float
     gain: list[float]  # mean log-likelihood per pair over that without a margin, by strength
-    error: list[float]  # its standard error, paired
+    error: list[float]  # its standard error, paired, pairs of the same prompt counted together
 
 
-def choose(strengths: Sequence[float], log_likelihood: Tensor) -> Choice:
-    """Choose the likeliest strength, if it is likelier than 0 by more than its standard error; else 0.
-
-    Args:
-        strengths: S of them, 0 among them.
-        log_likelihood: per pair, [S, N].
+def check_strengths(strengths: Sequence[float]) -> None:
+    """Refuse lists that leave nothing to compare with, or name a strength twice.
 
     Raises:
-        ConfigError: 0 is not among the strengths.
+        ConfigError: 0 is missing, or a strength is there twice or not finite.
+    """
+    if 0.0 not in strengths:
+        raise ConfigError(f"strengths={list(strengths)}: 0 must be among them, as what the others are compared with")
+    names = [f"{strength:g}" for strength in strengths]
+    if len(set(names)) < len(names) or not all(map(math.isfinite, strengths)):
+        raise ConfigError(f"strengths={list(strengths)} is not allowed; allowed: finite numbers, each once")
+
+
+def choose(strengths: Sequence[float], log_likelihood: Tensor, prompts: Tensor | None = None) -> Choice:
+    """Choose the likeliest strength, if it is likelier than 0 by more than two standard errors; else 0.
+
+    Args:
+        strengths: S of them, 0 among them, each once.
+        log_likelihood: per pair, [S, N].
+        prompts: number of each pair's prompt, integers, [N]; by default every pair has one of its own.
+
+    Raises:
+        ConfigError: 0 is not among the strengths, or one is there twice.
+        DataError: all pairs have the same prompt.
 
     >>> choose((0.0, 1.0), torch.tensor([[-0.7, -0.7, -0.7], [-0.5, -0.4, -0.6]])).strength
     1.0
     """
-    if 0.0 not in strengths:
-        raise ConfigError(f"strengths={list(strengths)}: 0 must be among them, as what the others are compared with")
-    difference = log_likelihood - log_likelihood[strengths.index(0.0)]
-    gain = difference.mean(1)
-    error = difference.std(1) / math.sqrt(difference.shape[1])
+    check_strengths(strengths)
+    difference = (log_likelihood - log_likelihood[strengths.index(0.0)]).double()
+    gain, error = difference.mean(1), clustered_error(difference, prompts)
     best = int(gain.argmax())
-    trusted = bool(gain[best] > error[best])
+    trusted = bool(gain[best] > ERRORS_NEEDED * error[best])
     return Choice(float(strengths[best]) if trusted else 0.0, gain.tolist(), error.tolist())
+
+
+def clustered_error(values: Tensor, groups: Tensor | None = None) -> Tensor:
+    """Return the standard error of means of values that depend on each other within groups.
+
+    SE² = G / (G - 1) Σ_g (Σ_{i in g} (x_i - x̄))² / N²; with groups of one this is the usual s / √N.
+
+    Args:
+        values: [..., N].
+        groups: integers, [N]; by default each value is a group.
+
+    Raises:
+        DataError: a single group.
+
+    >>> x = torch.tensor([1.0, 2.0, 3.0])
+    >>> float(clustered_error(x)), float(clustered_error(x.repeat(2), torch.tensor([0, 1, 2, 0, 1, 2])))
+    (0.5773502588272095, 0.5773502588272095)
+    """
+    _, group = (torch.arange(values.shape[-1]) if groups is None else groups).unique(return_inverse=True)
+    count = int(group.max()) + 1
+    if count < 2:
+        raise DataError(f"the {values.shape[-1]} held-out pairs have one prompt; a standard error needs two prompts")
+    deviation = values - values.mean(-1, keepdim=True)
+    sums = torch.zeros(*values.shape[:-1], count, dtype=values.dtype).index_add(-1, group, deviation)
+    return (sums.square().sum(-1) * count / (count - 1)).sqrt() / values.shape[-1]
 
 
 @dataclass(frozen=True, kw_only=True)

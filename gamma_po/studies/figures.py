@@ -28,7 +28,9 @@ SMALLEST_HEIGHT = 4.8  # inches: room for the legend
 
 def figures(study: Study) -> dict[str, Figure]:
     """Return what can be drawn of a study, by file name."""
-    found = {"frontier": frontier_figure(study)}
+    found = {}
+    if all("win_rate" in row for row in study.rows):  # not of a language model without gold rewards
+        found["frontier"] = frontier_figure(study)
     if study.traces:
         found["gradient_weight"] = weight_figure(study)
     if any(STRENGTH.match(pairing.arm) for pairing in study.pairings):

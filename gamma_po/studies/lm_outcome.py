@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from gamma_po.commit import source_commit
 from gamma_po.data.noise import flip_mask
 from gamma_po.data.sources import read_rows
-from gamma_po.errors import ConfigError, DataError
+from gamma_po.errors import DataError
 from gamma_po.files import write_text
 from gamma_po.studies.lm_plan import PlannedRun, option
 from gamma_po.studies.measures import Judge
@@ -41,14 +42,8 @@ class Candidates(NamedTuple):
 
 
 def training_rows(config: dict[str, Any], flip_rate: float, seed: int, file: Path) -> None:
-    """Write the training pairs whose labels are not flipped at this rate and seed.
-
-    Raises:
-        ConfigError: the training data are a mixture.
-    """
+    """Write the training pairs whose labels are not flipped at this rate and seed; pair i is row i of the file."""
     source, limit = option(config, "data.train"), option(config, "data.limit_train")
-    if not isinstance(source, str):
-        raise ConfigError(f"data.train={source!r}: an arm without flipped pairs needs a single source")
     rows = read_rows(source)[:limit]
     flipped = flip_mask(len(rows), flip_rate, seed).tolist()
     kept = [row.values for row, out in zip(rows, flipped, strict=True) if not out]
@@ -72,7 +67,7 @@ def outcome(run: PlannedRun, folder: Path, gold_columns: Sequence[str], kls: Seq
     if steps != planned:
         raise DataError(f"{folder}: {steps} steps were recorded, {planned} planned")
     pairs, samples = report["pairs"], report["samples"] or {}
-    row = what_was_run(run) | {"steps": steps, "folder": str(folder)}
+    row = what_was_run(run) | {"steps": steps, "folder": str(folder), "commit": source_commit()}
     row |= {"ref_acc": pairs["accuracy_reference"]["mean"], "pair_accuracy": pairs["reward_accuracy"]["mean"]}
     row |= {"test_pairs": pairs["num_pairs"], "sample_prompts": len(report["texts"])}
     row |= {name: (samples.get(key) or {}).get("mean", math.nan) for name, key in SAMPLED.items()}
@@ -146,6 +141,29 @@ def implicit_margins(scores: dict[str, Tensor]) -> Tensor:
     """Return log π/π_ref of the chosen completion minus that of the rejected one, [N], nats, of `test_scores`."""
     policy = scores["logps_chosen"] - scores["logps_rejected"]
     return policy - (scores["reference_logps_chosen"] - scores["reference_logps_rejected"])
+
+
+def test_prompts(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return what identifies the prompt of each test pair, [N], in the order of `test_scores`."""
+    name = option(config, "data.columns.prompt") or "prompt"
+    rows = read_rows(option(config, "data.test"))
+    return [prompt_of(rows[number].values, name) for number in test_scores(folder)["index"].tolist()]
+
+
+def training_prompts(config: Mapping[str, Any]) -> set[str]:
+    """Return what identifies the prompts of the training pairs, as in `test_prompts`, over all sources."""
+    given, name = option(config, "data.train"), option(config, "data.columns.prompt") or "prompt"
+    found = set()
+    for source in given if isinstance(given, list) else [{"path": given}]:
+        own = option(source, "columns.prompt") or name
+        limit = source.get("limit") or option(config, "data.limit_train")
+        found |= {prompt_of(row.values, own) for row in read_rows(source["path"])[:limit]}
+    return found
+
+
+def prompt_of(values: Mapping[str, Any], name: str) -> str:
+    """Return the prompt of a row, or the whole row where it has no such column: a prompt of its own."""
+    return repr(values[name]) if name in values else repr(sorted(values.items()))
 
 
 def candidates(folder: Path, config: dict[str, Any], gold_columns: Sequence[str]) -> Candidates:

@@ -31,7 +31,7 @@ class LanguageArm:
         set: options of `fit` by their dotted names, e.g. {model.margin: {class_path: KL}}.
         against: arms it is compared with.
         matched_to: an arm whose gradient weights are fitted by s(a - b h); this arm is that arm's loss at β b with
-            the fixed margin a.
+            the fixed margin a, at the same flip rates; it has no `set`, `noise` or `without_flipped` of its own.
         without_flipped: the oracle: train without the pairs whose labels are flipped, for as many steps.
         noise: only at these flip rates; null for all of the study's.
     """
@@ -43,6 +43,14 @@ class LanguageArm:
     noise: list[float] | None = None
 
 
+def _check_control(name: str, arm: LanguageArm) -> None:
+    """Refuse options of a matched slope that would do nothing: it takes all of them from the arm it is fitted to."""
+    for key, unset in {"set": {}, "noise": None, "without_flipped": False}.items():
+        value = getattr(arm, key)
+        allowed = f"nothing; an arm with matched_to has the options of {arm.matched_to!r}"
+        require(value == unset, f"arms.{name}.{key}", value, allowed)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LanguageStudy:
     """What is run.
@@ -51,13 +59,14 @@ class LanguageStudy:
         fit: YAML file of an ordinary run, from which every run's configuration is derived.
         arms: by name; the first is the base loss.
         noise: shares of labels flipped, each in [0, 0.5).
-        seeds: how many; a seed is that of flips, batch order, adapters and samples.
+        seeds: how many; a seed is that of flips, batch order, adapters and samples. All seeds have the same training
+            pairs and test prompts, so intervals over seeds hold for these pairs and prompts.
         set: options of `fit` that all runs share, by their dotted names.
         gold_columns: columns of the test set with the gold rewards of its chosen and rejected completions; none where
             there are no gold rewards.
         kls: KLs at which policies are compared on the reference's answers, by rescaling; the first is in the tables.
         margin: smallest difference of interest, of win rates.
-        only: run these arms and leave out the others; null for all.
+        only: run these arms, the first of `arms` among them, and leave out the others; null for all.
     """
 
     fit: str
@@ -75,14 +84,20 @@ class LanguageStudy:
         require(self.seeds >= 1, "seeds", self.seeds, "an integer >= 1; intervals need 2")
         require(all(0 <= rate < 0.5 for rate in self.noise), "noise", self.noise, "rates with 0 <= rate < 0.5")
         require(len(self.gold_columns) in (0, 2), "gold_columns", self.gold_columns, "two names, or none at all")
+        require(len(self.arms) >= 1, "arms", self.arms, "at least one arm, the base loss")
+        allowed = "at least one KL, unless gold_columns is []"
+        require(bool(self.kls) or not self.gold_columns, "kls", self.kls, allowed)
         for name in self.only or ():
             require(name in self.arms, "only", name, ", ".join(self.arms))
+        allowed = f"a list with {next(iter(self.arms))!r}, the base loss, which the checks compare with"
+        require(self.only is None or next(iter(self.arms)) in self.only, "only", self.only, allowed)
         for name, arm in self.chosen.items():
             for other in arm.against:
                 require(other in self.arms, f"arms.{name}.against", other, ", ".join(self.arms))
             if arm.matched_to is not None:
-                allowed = ", ".join(own for own, its in self.chosen.items() if its.matched_to is None)
-                require(arm.matched_to in allowed.split(", "), f"arms.{name}.matched_to", arm.matched_to, allowed)
+                others = [own for own, its in self.chosen.items() if its.matched_to is None]
+                require(arm.matched_to in others, f"arms.{name}.matched_to", arm.matched_to, ", ".join(others))
+                _check_control(name, arm)
 
     @property
     def chosen(self) -> dict[str, LanguageArm]:
@@ -135,9 +150,10 @@ def plan(study: LanguageStudy, folder: Path, device: str = "cpu") -> list[Unit]:
         device: cpu or gpu: every run has one of them.
 
     Raises:
-        ConfigError: the configuration cannot be read or does not say how many steps a run has.
+        ConfigError: the configuration cannot be read, does not say how many steps a run has, or chooses among the
+            rows of its data in a way that a study cannot follow.
     """
-    common = _read(study.fit)
+    common = read_fit(study.fit)
     for key, value in (QUIET | study.set).items():
         put(common, key, value)
     steps = common.get("trainer", {}).get("max_steps", -1)
@@ -153,6 +169,7 @@ def plan(study: LanguageStudy, folder: Path, device: str = "cpu") -> list[Unit]:
                 arm=name, flip_rate=rate, seed=seed, config=_derived(common, arm, rate, seed),
                 without_flipped=arm.without_flipped,
             )  # fmt: skip
+            check_rows(run)
             controls = [own for own, its in study.chosen.items() if its.matched_to == name]
             units.append((run, *(PlannedRun(**{**vars(run), "arm": own, "follows": run}) for own in controls)))
     return units
@@ -221,7 +238,33 @@ def _derived(common: Mapping[str, Any], arm: LanguageArm, rate: float, seed: int
     return config
 
 
-def _read(path: str) -> dict[str, Any]:
+def check_rows(run: PlannedRun) -> None:
+    """Refuse options under which pair i of a split is not row i of its file: a study joins pairs and rows by number.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    data = option(run.config, "data") or {}
+    invalid = data.get("invalid_rows", "error")
+    require(invalid == "error", f"{run.arm}: data.invalid_rows", invalid, "error; a study needs row numbers to stay")
+    if not run.without_flipped:
+        return
+    for key in ("duplicates", "contradictions"):
+        allowed = "keep or error; an arm without flipped pairs finds them by the number of their row"
+        require(data.get(key, "keep") != "drop", f"{run.arm}: data.{key}", data.get(key), allowed)
+    allowed = "0; an arm without flipped pairs finds them by the number of their row"
+    share = data.get("validation_share", 0)
+    require(not share, f"{run.arm}: data.validation_share", share, allowed)
+    allowed = "a single source; an arm without flipped pairs finds them by the number of their row"
+    require(isinstance(data.get("train"), str), f"{run.arm}: data.train", data.get("train"), allowed)
+
+
+def read_fit(path: str) -> dict[str, Any]:
+    """Return the options of an ordinary run.
+
+    Raises:
+        ConfigError: no such file, or it holds no options.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"fit={path!r}: no such file; allowed: a YAML file of options of `fit`")

@@ -47,7 +47,9 @@ def write_study(study: Study, folder: Path, command: Sequence[str], seconds: flo
     record = {"title": study.title, "command": list(command), "commit": commit, "seconds": round(seconds, 1)}
     record |= {"checks": dict(study.checks), "config": study.config}
     write_text(folder / "study.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    write_parquet([row | {"commit": commit} for row in study.rows], folder / "runs.parquet")
+    rows = [{"commit": commit} | row for row in study.rows]  # a run made earlier keeps the commit it was made with
+    record["commits_of_runs"] = sorted({row["commit"] for row in rows})
+    write_parquet(rows, folder / "runs.parquet")
     comparisons = [_comparison_row(pairing) for pairing in study.pairings]
     write_parquet(comparisons, folder / "comparisons.parquet")
     write_csv(comparisons, folder / "comparisons.csv")
@@ -73,10 +75,12 @@ def print_study(study: Study, console: Console) -> None:
 def markdown(study: Study, record: dict[str, Any]) -> str:
     """Return the same tables as Markdown."""
     command = " ".join(record["command"])
+    earlier = [commit for commit in record["commits_of_runs"] if commit != record["commit"]]
+    made = f"commit {record['commit']}" + (f", runs made with {', '.join(earlier)}" if earlier else "")
     lines = [
         f"# {study.title}",
         "",
-        f"`{command}`, commit {record['commit']}, {record['seconds']:g} s",
+        f"`{command}`, {made}, {record['seconds']:g} s",
         "",
         legend(study),
     ]
@@ -117,6 +121,7 @@ def legend(study: Study) -> str:
         f"Means over {seeds} seeds; differences in points of win rate, paired by seed, with 95 % intervals. "
         f"helps / hurts: the interval excludes 0 (≈ beside it: by less than ±{margin}); ≈: within ±{margin}, "
         f"equivalent; ?: cannot tell. * survives Holm's correction for all {len(study.pairings)} comparisons."
+        + (f" {study.scope}" if study.scope else "")
     )
 
 

@@ -41,6 +41,7 @@ class Study:
         traces: reward margins and gradient weights by cell.
         checks: what was checked, and whether it held.
         levels: further columns whose means are shown.
+        scope: what the intervals hold for, where that is not said by the seeds alone.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Study:
     traces: dict[Cell, Trace] = field(default_factory=dict)
     checks: list[tuple[str, bool]] = field(default_factory=list)
     levels: tuple[str, ...] = ()
+    scope: str = ""
 
     @property
     def passed(self) -> bool:

@@ -125,7 +125,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "calls of tools": (
         "p.jsonl",
         jsonl(PAIR | {"prompt": [message("user", "a") | {"tool_calls": [{"f": 1}]}]}),
-        "tool_calls must be a list, of an assistant; found a list, user",
+        "tool_calls must be a list, of an assistant message; found a list, user",
     ),
     "a call without arguments": (
         "p.jsonl",

@@ -125,7 +125,47 @@ def not_a_number(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def rated(gap: float, *words: str, split: str = "train") -> Callable[[Place], list[str]]:
+    """A column margin; in one split, row 30 has this number in place of a rating gap."""
+
+    def given(place: Place) -> list[str]:
+        rows = [row | {"gap": 1.0 + i % 3} for i, row in enumerate(tiny_rows(32))]
+        good = str(write_rows(place.folder / "rated.jsonl", rows))
+        rows[29]["gap"] = gap
+        bad = str(write_rows(place.folder / "bad.jsonl", rows))
+        files = {"train": good, "validation": good, "test": good} | {split: bad}
+        data = [word for name, file in files.items() for word in (f"--data.{name}", file)]
+        return ["--data.columns.margin", "gap", "--model.margin", "Column", *words, *data]
+
+    return given
+
+
+def reversed_column(place: Place) -> list[str]:
+    margin = '{"class_path": "Reverse", "init_args": {"inner": {"class_path": "Column", "init_args": TRANSFORM}}}'
+    words = rated(-1.0)(place)
+    words[words.index("Column")] = margin.replace("TRANSFORM", '{"transform": "log"}')
+    return words
+
+
+LOG = ("--model.margin.transform", "log")
 CASES: dict[str, Case] = {
+    # numbers that the margin cannot take
+    "a rating gap of zero": Case(
+        rated(0.0, *LOG),
+        ("bad.jsonl, row 30 (line 30): the margin column gives 0, which the margin Column(", "> 0 with"),
+    ),
+    "a rating gap of zero in validation": Case(
+        rated(0.0, *LOG, split="validation"), ("bad.jsonl, row 30 (line 30): the margin column gives 0, which",)
+    ),
+    "a number beyond 32 bits, turned by noise": Case(
+        rated(1e300, "--data.label_noise", "1"),
+        ("row 30 (line 30): the margin column gives -inf, its sign turned by data.label_noise, which", "32 bits"),
+    ),
+    "a negative gap under reverse": Case(reversed_column, ("row 30 (line 30): the margin column gives -1, which",)),
+    "logarithms of noise": Case(
+        rated(1.0, *LOG, "--data.label_noise", "0.3"),
+        ("data.label_noise=0.3 is not allowed; allowed: 0 with the margin Column(", "turns the sign of the margin"),
+    ),
     # configuration files
     "no such configuration": Case(options("--config", "/no/such.yaml"), ("config", "'/no/such.yaml'")),
     "a folder as configuration": Case(lambda p: ["--config", str(p.folder)], ("config: Path is not a file",)),
@@ -303,7 +343,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_whole(
     told = capsys.readouterr().err
     assert "stopped: " in told and "the disk takes no more" in told and "Traceback" not in told
     (last,) = tmp_path.rglob("last.ckpt")
-    assert torch.load(last, weights_only=True)["global_step"] == 2
+    assert torch.load(last, weights_only=True)["global_step"] == 2 and not list(tmp_path.rglob("*.partial"))
     monkeypatch.setattr(Trainer, "save_checkpoint", save)
     assert main(["fit", *given, "--ckpt_path", str(last)]) == 0
 

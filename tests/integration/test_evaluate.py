@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from gamma_po.__main__ import main
+from gamma_po.commands import evaluate as evaluating
 from gamma_po.evaluation.subsets import section_accuracies, subset_accuracies
 from tests.runs import run
 from tests.tiny import tiny_rows, tiny_tokenizer, write_rows
@@ -73,6 +75,48 @@ def test_a_whole_model_needs_its_reference_named_or_left_out(
     assert main([*command, "--reference_free", "--output", str(tmp_path / "free.json")]) == 0
     (row,) = json.loads((tmp_path / "free.json").read_text())["accuracies"]
     assert set(row["accuracy"]) == {"logp", "mean_logp"}
+
+
+@pytest.mark.parametrize(
+    ("options", "template", "beginning"),
+    [
+        ([], "text", "the"),
+        (["--template", "chat"], "chat", "<|im_start|>"),
+        (["--tokenization.template", "chat"], "chat", "<|im_start|>"),
+        (["--template", "auto"], "auto", "<|im_start|>"),
+    ],
+)
+def test_pairs_become_text_as_in_the_policys_run_unless_said_otherwise(
+    options: list[str],
+    template: str,
+    beginning: str,
+    tiny_model_path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_path, tmp_path / "run" / "policy")).parent
+    (folder / "config.yaml").write_text("data: {tokenization: {template: text}}\n")
+    (folder / "run.json").write_text("{}")
+    pairs = write_rows(tmp_path / "p.jsonl", [{"prompt": "the cat", "chosen": "good", "rejected": "bad"}])
+    seen, pair_logps, output = [], evaluating.pair_logps, tmp_path / "out.json"
+
+    def recorded(model: object, pairs: list, *args: object) -> object:
+        seen.append(tiny_tokenizer().decode(pairs[0].prompt))
+        return pair_logps(model, pairs, *args)
+
+    monkeypatch.setattr(evaluating, "pair_logps", recorded)
+    command = ["evaluate", "--policy", str(folder), "--pairs", str(pairs), "--reference_free", "--output", str(output)]
+    assert main([*command, *options]) == 0
+    assert seen[0].startswith(beginning) and "the cat" in seen[0]
+    assert json.loads(output.read_text())["settings"] == {"template": template}
+
+
+def test_two_different_templates_are_refused(
+    tiny_model_path: str, tiny_data: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--policy", tiny_model_path, "--pairs", tiny_data["test"], "--reference_free"]
+    assert main([*command, "--template", "chat", "--tokenization.template", "text"]) == 2
+    assert "template='chat' is not allowed" in (error := capsys.readouterr().err) and "text, as token" in error
 
 
 def margins(*values: float) -> dict[str, torch.Tensor]:

@@ -9,10 +9,21 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from gamma_po.cli import PreferenceCLI
 from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.module import PreferenceModule
+from gamma_po.scorer import check_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ROOT / "experiments" / "studies"  # files of `study`, not of `fit`
@@ -128,3 +139,41 @@ def test_the_published_runs_have_their_published_numbers_and_three_counterparts(
     assert config["model.policy.dtype"] == "float32" and config["trainer.precision"] == "bf16-mixed"
     counterparts = {path.stem for path in folder.glob("*.yaml")} - {"base", "gamma_simpo"}
     assert counterparts == {"simpo", "gamma_dpo", "dpo"}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_recipes_for_small_cards_keep_the_published_number_of_pairs_per_step(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    files = [path for path in FILES if path.parent == ROOT / "experiments" / model]
+    assert len(files) == 3
+    for path in files:
+        config = resolved(path, capsys)
+        pairs = 64 if "gemma" in model else 128
+        assert config["data.batch_size"] * config["trainer.accumulate_grad_batches"] == pairs
+        assert f"global batch {pairs}," in path.read_text()
+
+
+FAMILIES = {
+    "llama-3-8b-instruct": (LlamaConfig, LlamaForCausalLM),
+    "mistral-7b-instruct": (MistralConfig, MistralForCausalLM),
+    "gemma-2-9b-it": (Gemma2Config, Gemma2ForCausalLM),
+    "qwen2.5-7b-instruct": (Qwen2Config, Qwen2ForCausalLM),
+}
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_each_recipes_layout_and_attention_suit_its_family_of_models(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    kind, architecture = FAMILIES[model]
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+    own = {"sliding_window": None} if model.startswith("mistral") else {}  # as in v0.2
+    for path in (path for path in FILES if model in path.parts):
+        config = resolved(path, capsys)
+        attention = config["model.policy.attention"]
+        tiny = architecture._from_config(kind(**sizes, **heads, **own), attn_implementation=attention).eval()
+        check_layout(config["data.layout"], tiny, attention)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from gamma_po.__main__ import main
 from gamma_po.evaluation import answering
+from gamma_po.evaluation import chat as conversations
 from gamma_po.evaluation.answer_formats import Answer, short_id, style
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer, write_rows
 
@@ -185,6 +188,58 @@ def test_the_chat_keeps_the_conversation_until_it_is_reset(
     (alone,) = chat("very good")
     assert chat("the cat", "/reset", "very good") == [first, alone]
     assert second != alone  # the first exchange was read
+
+
+@pytest.fixture
+def text_run(tiny_model_path: str, tmp_path: Path) -> Path:
+    """A run that read prompts as text, by its records, with an exported policy that has a chat template."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_model_path, run / "policy")
+    (run / "config.yaml").write_text("data: {tokenization: {template: text, max_prompt_length: 7}}\n")
+    (run / "run.json").write_text("{}")
+    return run
+
+
+def digest_of(*texts: str) -> str:
+    found = hashlib.sha256()
+    for ids in map(tiny_tokenizer().encode, texts):
+        found.update(len(ids).to_bytes(4, "little") + b"".join(token.to_bytes(4, "little") for token in ids))
+    return found.hexdigest()
+
+
+def test_prompts_become_text_as_in_the_policys_run_unless_said_otherwise(text_run: Path, tmp_path: Path) -> None:
+    prompts = write_rows(tmp_path / "q.jsonl", [{"instruction": "the cat"}])
+    rendered = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    cases = [(str(text_run), [], "text", "the cat"), (str(text_run), ["--template", "chat"], "chat", rendered)]
+    cases += [(str(tiny_copy(text_run, tmp_path)), [], "auto", rendered)]
+    for number, (policy, options, template, text) in enumerate(cases):
+        assert generate(policy, prompts, tmp_path / f"{number}.json", *options) == 0
+        settings = json.loads((tmp_path / f"{number}.json.settings.json").read_text())
+        assert settings["template"] == template and settings["prompts"]["sha256"] == digest_of(text)
+
+
+def tiny_copy(run: Path, folder: Path) -> Path:
+    """The policy of a run, outside of it."""
+    return Path(shutil.copytree(run / "policy", folder / "apart" / "inner" / "policy"))
+
+
+def test_a_chat_with_a_policy_of_a_text_run_shows_it_each_message_as_it_is(
+    text_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    sampled = conversations.sampled_batches
+
+    def recorded(model: object, prompts: list[torch.Tensor], *args: object, **kwargs: object) -> object:
+        shown.append(prompts[0].tolist())
+        return sampled(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(conversations, "sampled_batches", recorded)
+    for options in ([], ["--template", "chat"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nvery good\n"))
+        assert main(["generate", "--policy", str(text_run), "--interactive", *QUICK, *options]) == 0
+    tokenizer = tiny_tokenizer()
+    assert shown[:2] == [tokenizer.encode("the cat"), tokenizer.encode("very good")]
+    assert tokenizer.decode(shown[3]).startswith("<|im_start|>user") and len(shown[3]) > len(shown[2])
 
 
 def test_the_style_record_counts_markdown_outside_of_code() -> None:

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.sharding import scaling
 from gamma_po.__main__ import main
 from gamma_po.data.tokenization import TokenizedPair
-from gamma_po.inspection.cost import at_batch_size, optimizer_bytes, saved_bytes
+from gamma_po.inspection.cost import Memory, at_batch_size, optimizer_bytes, parameter_bytes, saved_bytes
 from gamma_po.inspection.dry_run import memory_findings
 from gamma_po.inspection.pairs import ends
+from gamma_po.inspection.sharded import gathered_bytes
+from gamma_po.scorer import CompletionScorer
 from tests.runs import arguments
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
@@ -115,12 +119,25 @@ def test_what_looks_wrong_is_named_with_what_to_change(
         (["--data.batch_size", "64"], "fewer than one global batch of 64"),
         (["--model.policy.path", "/no/such/model"], "no such folder"),
         (["--inspect.sample", "0"], "inspect.sample=0"),
+        (["--samples.num_prompts", "3", "--data.validation", "null"], "samples.split='validation': data.validation is"),
+        (["--run.root", "TRAIN"], "run.root="),
     ],
 )
-def test_what_fit_would_refuse_is_refused_with_its_message(options: list[str], message: str, inspect: Inspect) -> None:
-    status, text = inspect(*options)
+def test_what_fit_would_refuse_is_refused_with_its_message(
+    options: list[str], message: str, inspect: Inspect, tiny_data: dict[str, str]
+) -> None:
+    status, text = inspect(*[tiny_data["train"] if word == "TRAIN" else word for word in options])
     assert status == 1
     assert f"error: {message}" in text or message in text.split("error: ")[1]
+
+
+def test_a_number_that_the_margin_cannot_take_is_refused_with_its_row(inspect: Inspect, tmp_path: Path) -> None:
+    rows = [row | {"gap": float(i != 4)} for i, row in enumerate(tiny_rows(8))]
+    file = str(write_rows(tmp_path / "pairs.jsonl", rows))
+    column = ["--data.columns.margin", "gap", "--model.margin", "Column", "--model.margin.transform", "log"]
+    status, text = inspect("--data.train", file, "--data.validation", "null", "--data.test", "null", *column)
+    assert status == 1
+    assert "pairs.jsonl, row 5 (line 5): the margin column gives 0, which the margin Column(" in text
 
 
 def test_contradicting_pairs_are_found(inspect: Inspect, tmp_path: Path) -> None:
@@ -157,10 +174,11 @@ def test_activations_are_what_the_backward_pass_keeps_and_grow_with_the_pairs() 
     layer = torch.nn.Linear(16, 16, bias=False)
 
     def kept(rows: int) -> int:
-        return saved_bytes(lambda: layer(torch.ones(rows, 16)).tanh().sum(), layer)
+        fixed = torch.ones(7, requires_grad=True)
+        return saved_bytes(lambda: layer(torch.ones(rows, 16)).tanh().sum() + (fixed * fixed).sum(), layer)
 
-    assert kept(5) == 5 * 16 * 4 * 2  # the layer's input and tanh's output, float32
-    assert at_batch_size(kept(1), kept(2), 8) == kept(8)
+    assert kept(5) == 5 * 16 * 4 * 2 + 7 * 4  # the layer's input, tanh's output and what stays, float32
+    assert at_batch_size(kept(3), kept(1), kept(2), 8) == kept(24)
 
 
 def test_memory_that_does_not_suffice_stops_the_run_and_says_what_helps() -> None:
@@ -171,3 +189,40 @@ def test_memory_that_does_not_suffice_stops_the_run_and_says_what_helps() -> Non
     (finding,) = memory_findings(11, 10, lora=True, checkpointing=True, batch_size=1)
     assert "lora" not in finding.change and "checkpointing" not in finding.change
     assert memory_findings(5, 10, lora=True, checkpointing=True, batch_size=1) == []
+
+
+SHARDED = ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy", "--trainer.devices", "2"]
+SHARDED += ["--trainer.strategy.data_parallel_size", "2", "--trainer.strategy.tensor_parallel_size", "1"]
+
+
+def test_processes_that_share_the_weights_hold_what_the_table_of_the_experiments_says() -> None:
+    of_table = scaling.memory(scaling.Run(model=scaling.LLAMA_8B, gpus=8))
+    sizes = scaling.LLAMA_8B
+    config = LlamaConfig(
+        vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, intermediate_size=sizes.inner,
+        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
+    )  # fmt: skip
+    with torch.device("meta"):
+        scorer = CompletionScorer(LlamaForCausalLM(config))
+    parameters = list(scorer.parameters())
+    weights, state = parameter_bytes(parameters), optimizer_bytes(torch.optim.AdamW, parameters)
+    whole = Memory(weights, 0, weights, state, activations=5, head=6, around=7)
+    each = whole.shared(8, gathered_bytes(scorer, "bf16-mixed"))
+    for name in ("weights", "gradients", "optimizer", "gathered"):
+        assert getattr(each, name) == pytest.approx(getattr(of_table, name), rel=1e-6), name
+    assert (each.activations, each.head, each.around) == (5, 6, 7)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_sharded_run_is_judged_by_what_one_process_holds(
+    fits: bool, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sum(p.numel() for p in tiny_model().parameters()) * 4
+    free = 2**30 if fits else model - 1
+    monkeypatch.setattr("gamma_po.commands.inspect.free_memory", lambda device: free)
+    status, text = inspect(*SHARDED)
+    assert "memory of each of 2 processes" in text
+    assert ("ref_acc, raw" in text) == ("measured on one process" in text) == fits
+    assert ("the whole model does not fit into one process here" in text) is not fits
+    assert ("in each of 2 processes, and 0 MiB are free" in text) is not fits
+    assert status == (0 if fits else 1)

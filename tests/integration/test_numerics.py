@@ -126,7 +126,9 @@ def test_a_margin_column_is_used_by_the_column_margin_and_refused_with_others(
         "gap",
     ]
     assert run_command(["fit", *arguments(tiny_model_path, tiny_data, tmp_path, data)]) == 2
-    assert "data.columns.margin='gap' is not used: the margin kl" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "data.columns.margin='gap' is not used: the margin kl" in said
+    assert "allowed with: column, or reverse and shuffled around it" in said
     done = run("fit", tiny_model_path, tiny_data, tmp_path, [*data, "--model.margin", "Column"])
     assert done.cli.model.last_output.target_margin.tolist() == [0.5] * 4
 

@@ -147,11 +147,11 @@ def test_a_limit_on_steps_resumes_exactly_and_one_that_lightning_would_miscount_
 
 
 def start(command: list[str], cache: Path) -> subprocess.Popen[str]:
-    """Start `python -m gamma_po` as a user would."""
+    """Start `python -m gamma_po` as a user would, in a process group of its own."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "gamma_po", *command], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_ends_with_the_sa
     _, errors = process.communicate(timeout=120)
     (killed,) = (tmp_path / "killed" / "runs" / "run").iterdir()
     checkpoint = killed / "checkpoints" / "interrupted.ckpt"
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert f"to continue, repeat the command with --ckpt_path {checkpoint}" in errors
     assert "Traceback" not in errors
     step = torch.load(checkpoint, weights_only=True)["global_step"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from lightning.pytorch.strategies import ModelParallelStrategy
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gamma_po.callbacks.samples import Samples
@@ -55,6 +57,23 @@ def test_each_epoch_leaves_a_table_of_what_the_policy_writes_and_training_is_the
     assert "samples/text_summary" in seen["tensors"]
 
 
+def test_drawing_at_a_temperature_leaves_the_random_state_as_it_was(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    original = Samples.on_train_epoch_end
+
+    def between(self: Samples, *args: Any) -> None:
+        before = torch.get_rng_state()
+        original(self, *args)
+        seen.append((before, torch.get_rng_state()))
+
+    monkeypatch.setattr(Samples, "on_train_epoch_end", between)
+    folder = fit(tiny_model_path, tiny_data, tmp_path, [*DRAWN, "--samples.sampling.temperature", "1"])
+    assert len(list((folder / "samples").iterdir())) == len(seen) == 2
+    assert all(torch.equal(before, after) for before, after in seen)
+
+
 def test_samples_that_cannot_be_drawn_are_refused_or_told(
     tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,9 +82,13 @@ def test_samples_that_cannot_be_drawn_are_refused_or_told(
     assert "samples.split='validation': data.validation is not set; allowed here: train" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"samples.every_n_epochs is not used with samples.num_prompts=0"):
         Samples(every_n_epochs=2)
-    sharded = SimpleNamespace(strategy=ModelParallelStrategy())
-    with pytest.warns(UserWarning, match="no samples: ModelParallelStrategy shards the policy"):
-        Samples(num_prompts=2).on_fit_start(sharded, None)
+    for strategy in (ModelParallelStrategy(), type("DeepSpeed", (DDPStrategy,), {})()):
+        sharded = SimpleNamespace(strategy=strategy, datamodule=None)
+        with pytest.warns(UserWarning, match=f"no samples: {type(strategy).__name__} may shard the policy"):
+            Samples(num_prompts=2).on_fit_start(sharded, None)
+    alone = SimpleNamespace(strategy=SingleDeviceStrategy(), datamodule=None)
+    with pytest.raises(ConfigError, match=r"samples.num_prompts=2: the prompts are a data module's"):
+        Samples(num_prompts=2).on_fit_start(alone, None)
 
 
 def test_weights_and_biases_gets_metrics_histograms_and_samples_without_a_network(
@@ -96,3 +119,15 @@ def test_weights_and_biases_gets_metrics_histograms_and_samples_without_a_networ
     assert counts and all(sum(histogram) == 32 for histogram in counts)
     assert tables == [("samples", ["epoch", "step", "prompt", "completion", "tokens"], 3)] * 2
     assert list(tmp_path.rglob("run-*.wandb"))
+
+
+def test_a_configured_logger_comes_in_addition(tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    given = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(own), "--trainer.max_steps", "1"]
+    folder = fit(tiny_model_path, tiny_data, tmp_path, given)
+    assert (folder / "metrics.csv").is_file() and len(list(folder.glob("events.*"))) == 1
+    assert len(list(own.rglob("metrics.csv"))) == 1
+    given[1] = "TensorBoardLogger"
+    folder = fit(tiny_model_path, tiny_data, tmp_path, given)
+    assert (folder / "metrics.csv").is_file() and not list(folder.glob("events.*"))
+    assert len(list(own.rglob("events.*"))) == 1

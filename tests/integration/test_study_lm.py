@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 from gamma_po.__main__ import main
+from gamma_po.callbacks import histograms, plots
 from gamma_po.cli import PreferenceCLI
 from gamma_po.commands.arguments import parse
 from gamma_po.commands.study_lm import LanguageOptions, placed, shard_of
@@ -21,7 +23,8 @@ from gamma_po.losses import LOSSES
 from gamma_po.margins import MARGINS
 from gamma_po.studies.lm_outcome import candidates, judged, what_was_run
 from gamma_po.studies.lm_plan import LanguageArm, LanguageStudy, plan, share_of
-from gamma_po.studies.report import write_parquet
+from gamma_po.studies.lm_study import collect
+from gamma_po.studies.report import write_parquet, write_study
 from tests.tiny import save_tiny_model, tiny_rows, write_rows
 
 KL_MARGIN = {"class_path": "KL", "init_args": {"gamma0": 1.0, "tau": 0.5, "center": True}}
@@ -67,10 +70,23 @@ def command(root: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_inputs(tmp_path_factory.mktemp("lm"))
-    assert main(command(root, "--shard", "0/2")) == 0
-    assert not (root / "out" / "runs.parquet").exists()
-    assert main(command(root)) == 0
+    with pytest.MonkeyPatch.context() as during:
+        without_figures_of_runs(during)
+        assert main(command(root, "--shard", "0/2")) == 0
+        assert not (root / "out" / "runs.parquet").exists()
+        assert main(command(root)) == 0
     return root
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_figures_of_runs(monkeypatch)
+
+
+def without_figures_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of such a short run is the drawing of figures, which other tests look at."""
+    for module in (plots, histograms):
+        monkeypatch.setattr(module, "save_figure", lambda figure, path: None)
 
 
 def rows_of(root: Path) -> dict[tuple[str, int], dict]:
@@ -171,7 +187,7 @@ def test_a_finished_study_is_not_run_again_and_a_lost_result_alone_is(
     after = {file.name: file.stat().st_mtime_ns for file in (root / "out" / "results").iterdir()}
     assert {name for name in results if after[name] != results[name]} == {lost}
     again = json.loads((root / "out" / "results" / lost).read_text())
-    changing = {"seconds", "folder"}
+    changing = {"seconds", "folder", "commit"}
     assert {k: v for k, v in again.items() if k not in changing} == {
         k: v for k, v in before.items() if k not in changing
     }
@@ -180,6 +196,28 @@ def test_a_finished_study_is_not_run_again_and_a_lost_result_alone_is(
 def test_another_study_does_not_continue_in_the_same_folder(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(command(root, "--seeds", "3")) == 2
     assert "is of a study with other options" in capsys.readouterr().err
+
+
+def test_runs_without_gold_rewards_or_samples_are_compared_by_what_they_have(root: Path, tmp_path: Path) -> None:
+    def missing(name: str) -> bool:
+        return name in ("win_rate", "kl", "gold") or "_kl0" in name
+
+    shutil.copytree(root / "out" / "results", tmp_path / "results")
+    (tmp_path / "runs").symlink_to(root / "out" / "runs")
+    for file in (tmp_path / "results").iterdir():
+        row = {name: value for name, value in json.loads(file.read_text()).items() if not missing(name)}
+        row |= {name: math.nan for name in row if name.startswith("sample_") and name != "sample_prompts"}
+        file.write_text(json.dumps(row | {"commit": "an earlier one"}))
+    arms = {name: LanguageArm(**arm) for name, arm in ARMS.items()}
+    study = LanguageStudy(fit=str(root / "fit.yaml"), arms=arms, noise=[0.3], seeds=2, gold_columns=[], kls=[])
+    result = collect(study, plan(study, tmp_path), tmp_path)
+    assert result.metrics == ("pair_accuracy",) and result.passed
+    assert "kl" not in result.levels and "gamma_mean" in result.levels
+    write_study(result, tmp_path / "tables", ["study"], 0.0)
+    written = pq.read_table(tmp_path / "tables" / "runs.parquet")["commit"].to_pylist()
+    assert written == ["an earlier one"] * len(written)
+    tables = (tmp_path / "tables" / "tables.md").read_text()
+    assert "conditional on these pairs and prompts" in tables and "runs made with an earlier one" in tables
 
 
 def test_shares_of_the_runs_are_disjoint_and_complete(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +229,7 @@ def test_shares_of_the_runs_are_disjoint_and_complete(root: Path, monkeypatch: p
     assert len(set(names)) == len(names) == 3 * 3 * 5
     shared = [run.name for index in range(4) for unit in share_of(units, index, 4) for run in unit]
     assert sorted(shared) == sorted(names)
-    for name, value in {"TASK_ID": "7", "TASK_MIN": "5", "TASK_COUNT": "4"}.items():
+    for name, value in {"TASK_ID": "7", "TASK_MIN": "5", "TASK_MAX": "8", "TASK_COUNT": "4"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
     assert shard_of("slurm") == (2, 4) and shard_of("3/4") == (3, 4)
     with pytest.raises(ConfigError, match="shard='4/4' is not allowed"):
@@ -243,14 +281,18 @@ def test_a_calibration_reports_every_strength_and_keeps_to_the_rule(root: Path, 
     config = yaml.safe_load((root / "fit.yaml").read_text())
     config["model"]["margin"] = {"class_path": "Map"}
     (root / "map.yaml").write_text(yaml.safe_dump(config))
-    options = ["--fit", str(root / "map.yaml"), "--pairs", str(root / "test.jsonl"), "--strengths", "[-1,0,2]"]
+    options = ["--fit", str(root / "map.yaml"), "--pairs", str(root / "test.jsonl"), "--strengths", "[0,2]"]
     folder = root / "calibration"
     assert main(["study", "calibrate", *options, "--output", str(folder), "--workers", "1"]) == 0
     found = json.loads((folder / "calibration.json").read_text())
-    assert found["strengths"] == [-1, 0, 2] and found["gain"][1] == 0
-    best = max(range(3), key=found["gain"].__getitem__)
-    assert found["strength"] == (found["strengths"][best] if found["gain"][best] > found["error"][best] else 0)
-    assert f"--model.margin.init_args.strength {found['strength']:g}" in capsys.readouterr().out
+    assert found["strengths"] == [0, 2] and found["gain"][0] == 0
+    assert found["strength"] == (2 if found["gain"][1] > 2 * found["error"][1] else 0)
+    printed = capsys.readouterr()
+    assert f"--model.margin.init_args.strength {found['strength']:g}" in printed.out
+    files = [(root / f"{split}.jsonl").read_text().splitlines() for split in ("test", "train")]
+    prompts = [{json.loads(line)["prompt"] for line in lines} for lines in files]
+    shared = len(prompts[0] & prompts[1])
+    assert (f"{shared} of the {len(prompts[0])} held-out prompts are training" in printed.err) == (shared > 0)
     wrong = ["study", "calibrate", "--fit", str(root / "fit.yaml"), "--pairs", "x", "--output", str(root / "no")]
     assert main(wrong) == 2
     assert "allowed: Map" in capsys.readouterr().err
@@ -266,14 +308,15 @@ def test_the_shipped_studies_are_lists_of_runs_that_fit_understands(
     first = {unit[0].arm: unit[0] for unit in reversed(units)}
     methods = {json.dumps(run.config["model"], sort_keys=True): run for run in first.values()}
     assert len(methods) >= 6
-    for number, run in enumerate(methods.values()):
-        file = tmp_path / f"{number}.yaml"
-        file.write_text(yaml.safe_dump(placed(run.config, run, tmp_path), allow_unicode=True))
-        with pytest.raises(SystemExit) as stop:
-            PreferenceCLI(["fit", "--config", str(file), "--model.policy.path", tiny_model_path, "--print_config"])
-        assert stop.value.code == 0
+    for run in methods.values():  # the rest of their options is the same
         loss, margin = (built(run.config["model"][part]) for part in ("loss", "margin"))
         assert margin.bind(loss) is not None
+    run = list(methods.values())[-1]
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(placed(run.config, run, tmp_path), allow_unicode=True))
+    with pytest.raises(SystemExit) as stop:
+        PreferenceCLI(["fit", "--config", str(file), "--model.policy.path", tiny_model_path, "--print_config"])
+    assert stop.value.code == 0
     assert {run.follows.arm for unit in units for run in unit[1:] if run.follows} <= set(first)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
+from gamma_po.errors import ConfigError
 from gamma_po.policies import Lora, ModelConfig, attach_lora, fingerprint, load_model, load_parts
-from gamma_po.weight_files import source_of
+from gamma_po.scorer import check_layout
+from gamma_po.weight_files import empty_model, source_of
 from tests.integration.test_ranks import two_processes
 from tests.integration.test_scaling import Model
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
@@ -154,3 +159,61 @@ def test_files_that_do_not_name_each_parameter_are_loaded_whole_with_a_word_abou
     model = load_parts(ModelConfig(path=str(path)))
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert "is loaded whole by every process before it is sharded" in caplog.text
+
+
+def test_quantised_weights_and_tensors_that_no_parameter_takes_are_loaded_whole(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+
+    def parts_with(**more: torch.Tensor) -> bool:
+        named = {name.replace("__", "."): value for name, value in more.items()}
+        save_file(weights | named, path / "model.safetensors", metadata={"format": "pt"})
+        return empty_model({"pretrained_model_name_or_path": str(path)}, torch.float32, "sdpa") is not None
+
+    assert parts_with() and parts_with(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
+    assert not parts_with(model__layers__0__mlp__up_proj__weight_scale_inv=torch.ones(1, 1))
+    config = json.loads((path / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
+    assert not parts_with()
+
+
+def test_only_the_files_that_transformers_reads_count(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    tiny_model(tie_word_embeddings=False).save_pretrained(path, max_shard_size="40KB")
+    tiny_tokenizer().save_pretrained(path)
+    index = path / "model.safetensors.index.json"
+    assert len(set(json.loads(index.read_text())["weight_map"].values())) > 1
+    config = ModelConfig(path=str(path))
+    whole = fingerprint(load_model(config))
+    stray = {name: value + 7 for name, value in load_model(config).state_dict().items()}
+    save_file(stray, path / "model_old.safetensors", metadata={"format": "pt"})
+    parts = load_parts(config)
+    assert next(parts.parameters()).is_meta and fingerprint(parts) == fingerprint(load_model(config)) == whole
+    index.unlink()
+    assert empty_model({"pretrained_model_name_or_path": str(path)}, torch.float32, "sdpa") is None
+    save_file(stray, path / "model.safetensors", metadata={"format": "pt"})  # comes before the shards
+    assert fingerprint(load_parts(config)) == fingerprint(load_model(config)) != whole
+
+
+@pytest.mark.parametrize("load", [load_model, load_parts])
+def test_a_model_that_cannot_attend_in_segments_is_refused_also_without_its_weights(
+    load: Callable[[ModelConfig], PreTrainedModel], tmp_path: Path
+) -> None:
+    config = ModelConfig(path=str(save_tiny_model(tmp_path / "model")))
+
+    def changed(change: Callable[[PreTrainedModel], object]) -> PreTrainedModel:
+        model = load(config)
+        change(model)
+        check_layout("padded", model, "sdpa")
+        check_layout("packed", load(config), "sdpa")
+        return model
+
+    model = changed(lambda m: setattr(m.config, "layer_types", ["linear_attention"] * 2))
+    with pytest.raises(ConfigError, match=r"layout=packed does not work here: llama has layers of linear_attention"):
+        check_layout("packed", model, "sdpa")
+    model = changed(lambda m: setattr(m, "_supports_attention_backend", False))
+    with pytest.raises(ConfigError, match="llama does not let its attention be exchanged; allowed: padded"):
+        check_layout("shared_prefix", model, "sdpa")
+    with pytest.raises(ConfigError, match="attention=flash_attention_2 cannot attend in segments"):
+        check_layout("packed", load(config), "flash_attention_2")

@@ -77,8 +77,21 @@ def test_plain_texts_are_read_to_the_letter(prompt: str, chosen: str, rejected: 
         assert to_preference(Row(values, WHERE), Columns())[:3] == (prompt, chosen, rejected)
 
 
+def calling(arguments: dict[str, Any]) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    asked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return {"prompt": [*asked, {"role": "tool", "content": "4"}], "chosen": "a", "rejected": "b"}
+
+
+inner = st.fixed_dictionaries({}, optional={"x": st.integers(-9, 9), "y": st.text(max_size=3)})
+given_arguments = st.fixed_dictionaries(
+    {}, optional={"city": st.text(max_size=3), "place": inner, "places": st.lists(inner, max_size=2)}
+)
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.lists(good_rows, min_size=1, max_size=5))
+@given(st.lists(good_rows, min_size=1, max_size=5) | st.lists(given_arguments.map(calling), min_size=1, max_size=5))
+@example([calling({"city": "Paris"}), calling({"x": 1}), calling({"city": "", "places": [{"x": 1}, {"y": "z"}]})])
 def test_jsonl_and_parquet_give_the_same_pairs_and_counts(
     tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]]
 ) -> None:
@@ -88,8 +101,8 @@ def test_jsonl_and_parquet_give_the_same_pairs_and_counts(
     try:
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(same), buffer)
-    except UnicodeEncodeError:
-        return  # Arrow refuses half a character
+    except (UnicodeEncodeError, pa.ArrowNotImplementedError):
+        return  # half a character, and objects that are empty in every row
     folder, results = tmp_path_factory.mktemp("rows"), []
     for name, content in {
         "a.jsonl": "".join(json.dumps(row) + "\n" for row in same).encode(),
@@ -112,7 +125,7 @@ TOKENIZERS: dict[str, PreTrainedTokenizerBase] = {
     "chat": tiny_tokenizer(),
     "thinking": byte_bpe(bos=True, template=THINKING),
 }
-SPECIAL = ("<pad>", "<s>", "</s>", "<end>", "<|", "think")
+SPECIAL = ("<pad>", "<s>", "</s>", "<end>", "<|pad|>", "<|im_start|>", "<|im_end|>", "think")
 
 
 def is_tame(*texts: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gamma_po.errors import ConfigError
-from gamma_po.margins import Fixed, Margin, NoMargin, build_margin
+from gamma_po.margins import MARGINS, Fixed, Margin, NoMargin, build_margin
 from gamma_po.ranks import Ranks
 from gamma_po.state import NoState, state_from_plain, state_to_plain
 from tests.contracts import on_two_ranks, random_evidence, rows_of
@@ -25,7 +25,8 @@ def test_ablations_of_a_margin_that_is_the_same_for_every_pair_are_that_margin(n
 
 
 def test_reverse_of_a_margin_without_a_pool_mirrors_ranks_among_this_steps_and_recent_margins() -> None:
-    """One pair at a time: γ = column, history of three."""
+    """One pair at a time: γ = column, history of three; ranked by γ itself, not by confidence."""
+    assert "largest to the smallest score" in MARGINS["reverse"].formula
     margin, state = build_margin("reverse", inner=build_margin("column"), history=3), None
     got, numbers = [], [1.0, 5.0, 2.0, 4.0, 3.0]
     for number in numbers:
@@ -35,6 +36,16 @@ def test_reverse_of_a_margin_without_a_pool_mirrors_ranks_among_this_steps_and_r
     # pools {1}, {1 5}, {1 5 2}, {1 5 2 4}, {5 2 4 3}
     assert got == [1.0, 1.0, 2.0, 2.0, 4.0]
     assert state.target_margin.tolist() == [2.0, 4.0, 3.0]
+
+
+@pytest.mark.parametrize("name", ["reverse", "shuffled"])
+def test_one_pair_at_a_time_leaves_nothing_to_exchange_around_kl_without_a_history(name: str) -> None:
+    """A pair alone has γ0, so that all recent margins are the same."""
+    margin = build_margin(name, inner=build_margin("kl", gamma0=1.5, tau=0.5, center=False, history=0))
+    state = margin.init()
+    for h in (0.3, -2.0, 4.0):
+        got, state = call(margin, [h], state)
+        assert got == pytest.approx([1.5], abs=1e-12)
 
 
 @pytest.mark.parametrize("inner", WITHOUT_POOL, ids=lambda inner: inner.name)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -130,6 +130,7 @@ def fit(tmp_path: Path, callbacks: list, module: Policy | None = None, **options
     loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tensorboard")]
     settings = {
         "max_epochs": 2,
+        "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,
         "limit_val_batches": 1.0 if validate else 0,
         **options,
@@ -138,7 +139,6 @@ def fit(tmp_path: Path, callbacks: list, module: Policy | None = None, **options
         accelerator="cpu",
         logger=loggers,
         callbacks=callbacks,
-        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -557,24 +557,44 @@ class TestMonitors:
                 clock.now += 1000.0
                 return super().validation_step(batch, batch_idx)
 
-        options = {"validate": True, "val_check_interval": 1, "max_epochs": 1}
-        _, trainer = fit(tmp_path, [Throughput()], Slow(), **options)
-        assert logged_rows(trainer, "train/pairs_per_second") == pytest.approx([4 / 2, 4 / 2, 2 / 2])
+        class SlowBetweenEpochs(Callback):
+            def on_validation_end(self, *args: Any) -> None:
+                clock.now += 3000.0
 
-    def test_the_learning_rate_is_logged_where_there_is_a_logger_and_nothing_breaks_without(
-        self, tmp_path: Path
+            def on_train_epoch_end(self, *args: Any) -> None:
+                clock.now += 5000.0
+
+        other = torch.tensor([[6, 10]])  # pairs and tokens of the second rank
+        options = {"validate": True, "val_check_interval": 1, "max_epochs": 2}
+        _, trainer = fit(tmp_path, [Throughput(), SlowBetweenEpochs()], Slow(ranks=TwoRanks(other)), **options)
+        epoch = [(4 + 6) / 2, (4 + 6) / 2, (2 + 6) / 2]
+        assert logged_rows(trainer, "train/pairs_per_second") == pytest.approx(epoch * 2)
+
+    def test_nothing_is_counted_that_is_never_logged(self, tmp_path: Path) -> None:
+        throughput = Throughput()
+        fit(tmp_path, [throughput], log_every_n_steps=0)
+        assert throughput._counted == []
+
+    @pytest.mark.parametrize(("accumulate", "steps"), [(1, 3), (4, 1)])
+    def test_the_learning_rate_is_that_of_each_step_beside_its_loss_and_nothing_breaks_without_a_logger(
+        self, accumulate: int, steps: int, tmp_path: Path
     ) -> None:
         class Scheduled(Policy):
+            def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+                found = super().training_step(batch, batch_idx)
+                self.log("train/loss", found["loss"].detach(), batch_size=batch.num_pairs)
+                return found
+
             def configure_optimizers(self) -> Any:
                 optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
                 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-                return {
-                    "optimizer": optimizer,
-                    "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"},
-                }
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-        _, trainer = fit(tmp_path, [LearningRate()], Scheduled(), max_epochs=1)
-        assert logged_rows(trainer, "train/lr") == pytest.approx([0.5, 0.25, 0.5 / 3])
+        _, trainer = fit(tmp_path, [LearningRate()], Scheduled(), max_epochs=2, accumulate_grad_batches=accumulate)
+        expected = [0.5 / (1 + step) for step in range(2 * steps)]
+        assert logged_rows(trainer, "train/lr") == pytest.approx(expected)
+        with (Path(trainer.log_dir) / "metrics.csv").open() as file:
+            assert all(bool(row["train/lr"]) == bool(row["train/loss"]) for row in csv.DictReader(file))
         quiet = Trainer(
             accelerator="cpu",
             logger=False,

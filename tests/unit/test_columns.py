@@ -222,6 +222,16 @@ def test_named_columns_win_over_recognised_ones() -> None:
     ] == ("q", "1", "2")
 
 
+@pytest.mark.parametrize("end", ["", "\n\nAssistant:", "\n\nAssistant: "])
+def test_a_transcript_that_ends_with_the_human_is_the_prompt_of_an_answer(end: str) -> None:
+    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c" + end
+    found = to_preference(Row({"prompt": text, "chosen": " x", "rejected": "y"}, "r"), Columns())
+    assert [(turn["role"], turn["content"]) for turn in found.prompt] == [
+        ("user", "a"), ("assistant", "b"), ("user", "c"),
+    ]  # fmt: skip
+    assert (found.chosen, found.rejected) == ("x", "y")
+
+
 def test_plain_reads_transcripts_as_text() -> None:
     text = "\n\nHuman: a\n\nAssistant:"
     values = {"prompt": text, "chosen": " x", "rejected": " y"}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from gamma_po.data.formatting import Preference
 from gamma_po.evaluation.generation import Sampling, sample_completions
 from gamma_po.evaluation.gold import VaderSentiment
-from gamma_po.evaluation.on_policy import Samples, compare, distinct_bigrams, score_completions
+from gamma_po.evaluation.on_policy import Samples, compare, distinct_bigrams, distinct_prompts, score_completions
 from gamma_po.evaluation.pairs import PairMetrics, preferred
 from gamma_po.evaluation.report import as_json, pair_report, report_table
 from gamma_po.policies import Lora, attach_lora
@@ -75,6 +77,26 @@ def test_the_report_has_the_metrics_with_intervals_and_is_json() -> None:
 
 def test_preferred_counts_ties_half() -> None:
     assert preferred(torch.tensor([2.0, 0.0, -0.1])).tolist() == [1.0, 0.5, 0.0]
+
+
+class Counted(list):
+    """Pairs that remember how many of them were read."""
+
+    read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("number", "places", "read"), [(0, [], 0), (1, [0], 1), (3, [0, 2, 3], 4), (9, [0, 2, 3, 5], 6)]
+)
+def test_distinct_prompts_are_the_first_and_nothing_behind_them_is_read(
+    number: int, places: list[int], read: int
+) -> None:
+    pairs = Counted(Preference(prompt, "x", "y", None, "row") for prompt in "aabcad")
+    assert distinct_prompts(pairs, number) == places and pairs.read == read
 
 
 def test_distinct_bigrams_by_hand() -> None:

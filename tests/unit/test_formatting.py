@@ -327,6 +327,16 @@ def test_csv_rows_give_text_and_a_numeric_margin(tmp_path: Path) -> None:
     assert found[:4] == (QUESTION, f"{GOOD}, {GOOD}", BAD, -0.5)
 
 
+@pytest.mark.parametrize("cell", [str([user("hi")]), json.dumps([{"from": "human", "value": "hi"}], indent=1)])
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_a_list_of_messages_written_out_as_text_is_refused_unless_read_as_text(column: str, cell: str) -> None:
+    values = {"prompt": "q", "chosen": "yes", "rejected": "no"} | {column: cell}
+    assert f"column '{column}' holds a list of messages written out as text; allowed: the list itself, in a .jsonl" in (
+        error_of(**values)
+    )
+    assert getattr(convert(Columns(format="plain"), **values), column) == cell
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_a_configuration_error(source: str, limit: int) -> None:
     with pytest.raises(ConfigError, match=f"limit={limit}"):

@@ -62,10 +62,11 @@ def test_solver_and_pool_of_the_kl_margin_are_chosen_apart() -> None:
     got, _ = call(sampled, H[1], state)
     assert got == pytest.approx(oracle.kl_margins(H[1] + H[0], 1.5, 1.0)[:4], abs=SOLVER_TOLERANCE)
     descended = build_margin("kl", solver=MirrorDescent(steps=3), pool=RecentPool(history=2), **options)
-    _, state = call(descended, H[0])
-    got, _ = call(descended, H[1], state)
     pool = torch.tensor(H[0][2:] + H[1], dtype=torch.float64)
-    assert got == mirror_descent_margins(pool, gamma0=1.5, tau=1.0, steps=3)[2:].tolist()
+    with pytest.warns(UserWarning, match="mirror descent has not converged after 3 steps"):
+        _, state = call(descended, H[0])
+        got, _ = call(descended, H[1], state)
+        assert got == mirror_descent_margins(pool, gamma0=1.5, tau=1.0, steps=3)[2:].tolist()
     assert got != pytest.approx(oracle.kl_margins(pool.tolist(), 1.5, 1.0)[2:], abs=1e-3)
 
 

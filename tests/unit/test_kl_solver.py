@@ -271,6 +271,45 @@ def test_mirror_descent_warns_where_it_is_wrong(gamma0, tau, cause):
     assert (approximate - solve_kl_margins(h, gamma0=gamma0, tau=tau)).abs().max() > 0.1 * gamma0
 
 
+TYPICAL = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 6.0], dtype=torch.float64)
+
+
+OUTLIER = torch.cat([torch.full((49,), -3.0), torch.tensor([4.2])]).double()
+
+
+@pytest.mark.parametrize(
+    ("h", "gamma0", "tau", "steps", "far"),
+    [(OUTLIER, 1.709, 0.636, 20, 0.05), (TYPICAL, 1.0, 1.0, 2, 0.2), (TYPICAL, 1.0, 10.0, 1, 0.04)],
+)
+def test_mirror_descent_warns_of_what_its_stability_limit_does_not_show(h, gamma0, tau, steps, far):
+    exact = bisected(h, gamma0, tau)
+    share = logistic(exact - h.numpy())
+    assert tau >= 0.5 and (gamma0 / tau * exact * share * (1 - share)).max() < 3
+    with pytest.warns(UserWarning, match=rf"has not converged after {steps} steps: .* reaches .* oscillates above 3 "):
+        approximate = mirror_descent_margins(h, gamma0=gamma0, tau=tau, steps=steps)
+    assert np.abs(approximate.numpy() - exact).max() > far * gamma0
+
+
+@pytest.mark.parametrize(("gamma0", "tau"), [(1.0, 1.0), (0.5, 2.0), (2.0, 0.8), (0.3, 0.4), (4.0, 2.0)])
+def test_mirror_descent_warns_exactly_where_it_is_a_thousandth_of_gamma0_off(gamma0, tau):
+    for steps in (1, 2, 3, 5, 8, 13, 20, 60, 200):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            approximate = mirror_descent_margins(TYPICAL, gamma0=gamma0, tau=tau, steps=steps).numpy()
+        assert bool(warned) is bool(np.abs(approximate - bisected(TYPICAL, gamma0, tau)).max() > 1e-3 * gamma0)
+
+
+def test_mirror_descent_starts_to_warn_between_0_8_and_1_25_thousandths_of_gamma0():
+    warned, silent, exact = [], [], bisected(TYPICAL, 0.1, 0.1)
+    for steps in range(20, 61):  # each step takes about a tenth off the error
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            approximate = mirror_descent_margins(TYPICAL, gamma0=0.1, tau=0.1, steps=steps).numpy()
+        (warned if said else silent).append(np.abs(approximate - exact).max() / 0.1)
+    assert 0.8e-3 < max(silent) <= 1e-3 < min(warned) < 1.25e-3
+
+
+@pytest.mark.filterwarnings("ignore:mirror descent has not converged")
 def test_mirror_descent_reads_gamma_before_its_last_update():
     h = torch.tensor([-1.0, 2.0], dtype=torch.float64)
     options = {"gamma0": 1.0, "tau": 2.0}

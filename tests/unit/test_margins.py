@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,17 +10,22 @@ import pytest
 import torch
 
 from gamma_po.errors import ConfigError, DataError
-from gamma_po.losses import DPO, SFT, WPO, Loss, WithSFT, build_loss
+from gamma_po.losses import DPO, SFT, WPO, BetaDPO, Loss, WeightedSum, WithSFT, build_loss
 from gamma_po.margins import (
+    KL,
     MARGINS,
     Dual,
     Fixed,
+    KLAuthors,
+    KLDual,
     Margin,
     MirrorDescent,
     NoMargin,
     RecentPool,
     SampledPool,
+    Shuffled,
     build_margin,
+    mirror_descent_margins,
 )
 from gamma_po.margins.base import strength
 from gamma_po.margins.maps import Linear, Piecewise, Power, Quantile, Softplus
@@ -27,7 +33,7 @@ from gamma_po.ranks import Gathered, Local, Ranks
 from gamma_po.state import state_to_plain
 from gamma_po.types import Evidence, PairLogps
 from tests import oracle
-from tests.contracts import MarginContract, random_evidence
+from tests.contracts import MarginContract, on_two_ranks, random_evidence
 
 SOLVER_TOLERANCE = 1e-9
 WITHOUT_POOL = [
@@ -75,7 +81,7 @@ class TestKLAuthors(MarginContract):
 class TestKLParts(MarginContract):
     def margins(self) -> list[tuple[Margin, Any]]:
         sampled = build_margin("kl", gamma0=2.0, tau=0.5, center=False, pool=SampledPool(sample=2, memory=5))
-        descended = build_margin("kl", tau=2.0, center=True, solver=MirrorDescent(steps=5), pool=RecentPool(history=3))
+        descended = build_margin("kl", tau=2.0, center=True, solver=MirrorDescent(steps=15), pool=RecentPool(history=3))
         priced = build_margin("kl", tau=0.5, center=True, solver=Dual(window=9))
         return [(margin, call(margin, [0.5, -1.0, 2.0, 0.1])[1]) for margin in (sampled, descended, priced)]
 
@@ -288,6 +294,26 @@ def test_a_budget_that_no_rescaling_can_meet_is_refused() -> None:
         margin.fit(reference_with_margins([1.0, 2.0, 3.0]))
 
 
+@pytest.mark.parametrize("standardize", ["raw", "z", "robust_z", "quantile"])
+@pytest.mark.parametrize("train", [[], [1.0, math.nan, 3.0], [1.0, 2.0, -math.inf]], ids=["none", "nan", "inf"])
+def test_a_map_cannot_be_fitted_on_reference_margins_without_statistics(standardize: str, train: list[float]) -> None:
+    margin = build_margin("map", shape=Softplus(), standardize=standardize)
+    with pytest.raises(DataError, match=r"have no statistics; allowed: .* at least one margin, finite values"):
+        margin.fit(reference_with_margins(train))
+
+
+@pytest.mark.parametrize(("strength", "sign"), [(2.0, 1), (-3.0, -1), (0.0, 1)])
+def test_reverse_of_a_map_multiplies_by_the_size_of_its_strength(strength: float, sign: int) -> None:
+    """γ = |strength| max(0, sign m): four pairs with sign m = -1, 0, 2, 5 in another order."""
+    train = [sign * m for m in (2.0, -1.0, 5.0, 0.0)]
+    shape = Piecewise(k1=1.0, k2=1.0, t0=0.0, t1=0.0)
+    inner = build_margin("map", shape=shape, standardize="raw", strength=strength)
+    size = abs(strength)
+    assert map_margins(inner, train, train) == pytest.approx([2 * size, 0.0, 5 * size, 0.0], abs=1e-12)
+    reverse = map_margins(build_margin("reverse", inner=inner), train, train)
+    assert reverse == pytest.approx([0.0, 5 * size, 0.0, 2 * size], abs=1e-12)
+
+
 def test_map_gives_almost_nothing_to_ambiguous_pairs_and_more_to_confident_ones() -> None:
     train = torch.linspace(-3, 3, 101).tolist()
     for shape in (Piecewise(), Softplus()):
@@ -443,6 +469,61 @@ def test_dual_equals_the_exact_solution_at_its_first_step_and_where_the_rewards_
         assert got == pytest.approx(exact, abs=SOLVER_TOLERANCE)
 
 
+def at_price(mu: float, h: list[float], gamma0: float, tau: float) -> list[float]:
+    """γ of each pair where log(γ/γ0) + (γ0/τ) s(γ - h), which grows with γ, meets the price: by bisection."""
+    found = []
+    for reward in h:
+        low, high = gamma0 * math.exp(mu - gamma0 / tau), gamma0 * math.exp(mu)
+        for _ in range(100):
+            middle = (low + high) / 2
+            above = math.log(middle / gamma0) + gamma0 / tau / (1 + math.exp(reward - middle)) > mu
+            low, high = (low, middle) if above else (middle, high)
+        found.append((low + high) / 2)
+    return found
+
+
+def priced(h: list[float], gamma0: float, tau: float) -> float:
+    """The price at which mean γ over the pairs is γ0: by bisection."""
+    low, high = 0.0, gamma0 / tau
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = sum(at_price(middle, h, gamma0, tau)) > len(h) * gamma0
+        low, high = (low, middle) if above else (middle, high)
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize(("window", "share"), [(2, 1.0), (3, 1.0), (12, 0.25)])
+def test_dual_takes_a_share_of_the_newton_step_and_then_its_margins_at_the_new_price(window: int, share: float) -> None:
+    first, second, gamma0, tau = [0.3, -1.0, 2.0, 0.9], [1.5, 0.0, 2.5], 1.5, 0.6
+    margin = build_margin("kl_dual", window=window, gamma0=gamma0, tau=tau, center=False)
+    _, state = call(margin, first)
+    old = priced(first, gamma0, tau)
+    assert float(state.mu) == pytest.approx(old, abs=SOLVER_TOLERANCE)
+    got, state = call(margin, second, state)
+    mean, more, less = (sum(at_price(old + step, second, gamma0, tau)) / 3 for step in (0.0, 1e-5, -1e-5))
+    new = old + share * (gamma0 - mean) / ((more - less) / 2e-5)
+    assert abs(new - old) > 0.02 * share and 0 < new < gamma0 / tau
+    assert float(state.mu) == pytest.approx(new, abs=1e-7)  # the slope is a central difference
+    assert got == pytest.approx(at_price(new, second, gamma0, tau), abs=1e-7)
+    assert got != pytest.approx(at_price(old, second, gamma0, tau), abs=1e-3)
+
+
+@pytest.mark.parametrize(("second", "bound"), [(8.0, 0.0), (-60.0, 10.0)])
+def test_the_price_stays_between_zero_and_gamma0_over_tau_after_a_jump_of_the_rewards(
+    second: float, bound: float
+) -> None:
+    gamma0, tau, first = 4.0, 0.4, [3.7, 3.75]
+    old = priced(first, gamma0, tau)
+    mean, more, less = (sum(at_price(old + step, [second], gamma0, tau)) for step in (0.0, 1e-5, -1e-5))
+    unheld = old + (gamma0 - mean) / ((more - less) / 2e-5)
+    assert unheld < -1 or unheld > 11  # the whole Newton step leaves [0, γ0/τ]
+    margin = build_margin("kl_dual", window=1, gamma0=gamma0, tau=tau, center=False)
+    _, state = call(margin, first)
+    got, state = call(margin, [second], state)
+    assert float(state.mu) == bound
+    assert got == pytest.approx(at_price(bound, [second], gamma0, tau), rel=1e-9)
+
+
 def test_dual_finds_the_price_of_a_steady_stream_of_small_batches() -> None:
     generator = torch.Generator().manual_seed(0)
     margin = build_margin("kl_dual", gamma0=1.0, tau=0.5, center=False, window=256)
@@ -503,6 +584,36 @@ def test_the_authors_queue_forgets_the_oldest() -> None:
     assert state.reward_margin.tolist() == past[-3:]
 
 
+def test_the_authors_queue_holds_the_newest_margins_oldest_first_over_steps() -> None:
+    margin = build_margin("kl_authors", tau=2.0, center=False, sample=2, memory=5)
+    state = margin.init()
+    for h, queue in (
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
+        ([0.5, 0.25], [1.0, 2.0, 3.0, 0.5, 0.25]),
+        ([0.75, 4.0, 0.1], [0.5, 0.25, 0.75, 4.0, 0.1]),
+    ):
+        _, state = call(margin, h, state)
+        assert state.reward_margin.tolist() == queue
+
+
+@pytest.mark.parametrize("bad", [0.0, -2.0, math.nan])
+@pytest.mark.parametrize("name", ["column", "reverse", "shuffled"])
+def test_a_number_that_one_rank_cannot_use_ends_both_with_its_message(name: str, bad: float) -> None:
+    column = build_margin("column", transform="log")
+    margin = column if name == "column" else build_margin(name, inner=column)
+    numbers = torch.tensor([[1.0, 4.0], [2.0, bad]], dtype=torch.float64)
+    said = []
+
+    def step(ranks: Ranks) -> None:
+        evidence = random_evidence(2)._replace(column=numbers[ranks.rank])
+        with pytest.raises(DataError) as found:
+            margin(torch.zeros(2, dtype=torch.float64), evidence, margin.init(), ranks)
+        said.append(str(found.value))
+
+    on_two_ranks(step)
+    assert said[0] == said[1] and f"the margin column holds {bad}; allowed: finite numbers, > 0" in said[0]
+
+
 def test_column_scales_the_data_and_refuses_what_it_cannot_use() -> None:
     evidence = random_evidence(2)._replace(column=torch.tensor([1.0, 4.0], dtype=torch.float64))
     h = torch.zeros(2, dtype=torch.float64)
@@ -524,6 +635,50 @@ def evidence_with_gaps(policy: list[float], reference: list[float]) -> Any:
         return PairLogps(rejected + 4 * torch.tensor(gaps, dtype=torch.float64), rejected, lengths, lengths)
 
     return random_evidence(len(policy))._replace(policy=logps(policy), reference=logps(reference))
+
+
+def evidence_of_lengths(policy: list[tuple[float, float]], reference: list[tuple[float, float]]) -> Any:
+    """Evidence with the given (chosen, rejected) sums; 2 and 8 tokens in the first pair, 10 and 4 in the others."""
+    lengths = torch.tensor([(2, 8), *[(10, 4)] * (len(policy) - 1)]).T
+
+    def logps(sums: list[tuple[float, float]]) -> PairLogps:
+        return PairLogps(*torch.tensor(sums, dtype=torch.float64).T, *lengths)
+
+    return Evidence(logps(policy), logps(reference))
+
+
+def test_alpha_dpo_divides_each_completion_by_its_own_length() -> None:
+    # per token: policy -3 - (-2) = -1 and -1 - (-4) = 3; reference -1 - (-1) = 0 and -2 - (-1) = -1; gaps -1 and 4
+    evidence = evidence_of_lengths([(-6.0, -16.0), (-10.0, -16.0)], [(-2.0, -8.0), (-20.0, -4.0)])
+    margin = build_margin("alpha_dpo", gamma0=0.5, alpha=0.1, beta=2.0)
+    got, state = margin(torch.zeros(2, dtype=torch.float64), evidence, margin.init())
+    assert got.tolist() == pytest.approx([0.5 - 0.2, 0.5 + 0.2], abs=1e-9)
+    assert float(state.first / state.weight) == pytest.approx(1.5, abs=1e-12)  # mean of the gaps
+
+
+def test_amapo_divides_each_completion_by_its_own_length() -> None:
+    # per token: -3 - (-2) = -1, -1 - (-4) = 3, -2 - (-6) = 4: mean 2, deviations -3, 1, 2
+    evidence = evidence_of_lengths([(-6.0, -16.0), (-10.0, -16.0), (-20.0, -24.0)], [(-1.0, -1.0)] * 3)
+    got, _ = build_margin("amapo", beta=1.5)(torch.zeros(3, dtype=torch.float64), evidence, ())
+    std = math.sqrt((9 + 1 + 4) / 3)
+    assert got.tolist() == pytest.approx([1.5 * math.exp(3 / std * 2), 0.0, 0.0])
+
+
+@pytest.mark.parametrize("name", ["alpha_dpo", "amapo"])
+def test_what_counts_as_rounding_is_measured_on_the_log_probabilities_of_all_ranks(name: str) -> None:
+    """Gaps 1e-4 apart: much beside log-probabilities of -8 per token, rounding beside -1e5 on the other rank."""
+    margin = build_margin(name, beta=2.0)
+    near = evidence_with_gaps([1.0, 1.0 + 1e-4], [0.0, 0.0])
+    far = near._replace(
+        policy=near.policy._replace(chosen=near.policy.chosen - 4e5, rejected=near.policy.rejected - 4e5)
+    )
+    alone = margin(torch.zeros(2, dtype=torch.float64), near, margin.init())[0].tolist()
+    assert alone[0] != alone[1]
+
+    def step(ranks: Ranks) -> list[float]:
+        return margin(torch.zeros(2), (near, far)[ranks.rank], margin.init(), ranks)[0].tolist()
+
+    assert on_two_ranks(step) == [[1.0 if name == "alpha_dpo" else 0.0] * 2] * 2
 
 
 def test_alpha_dpo_corrects_its_running_statistics_so_that_one_sigma_reads_one_sigma_at_step_one() -> None:
@@ -591,6 +746,49 @@ def test_beta_that_nothing_decides_is_refused(name: str) -> None:
         call(margin, [1.0, 2.0])
     with pytest.raises(ConfigError, match=rf"{name}.beta is undecided: the loss 'orpo' has no beta"):
         margin.bind(build_loss("orpo"))
+
+
+@pytest.mark.parametrize(
+    "margin", [build_margin("alpha_dpo"), build_margin("amapo"), build_margin("map", units="logratio")]
+)
+def test_beta_is_not_taken_from_a_loss_that_changes_it_at_every_step(margin: Margin) -> None:
+    changing = BetaDPO(loss=DPO())
+    for loss in (changing, WPO(loss=changing), WeightedSum(losses=(changing, DPO()), weights=(1.0, 1.0))):
+        for one in (margin, build_margin("reverse", inner=margin)):
+            why = (
+                rf"{margin.name}.beta is undecided: the loss '{loss.name}' has another beta at every step, so give one"
+            )
+            with pytest.raises(ConfigError, match=why):
+                one.bind(loss)
+        told = dataclasses.replace(margin, beta=0.3)
+        assert told.bind(loss) == told
+
+
+INTEGERS = [
+    *[(part, option) for part, option in ((KL, "history"), (RecentPool, "history"), (SampledPool, "sample"))],
+    *[(SampledPool, "memory"), (SampledPool, "seed"), (MirrorDescent, "steps"), (Dual, "window")],
+    *[(KLDual, "window"), (KLAuthors, "sample"), (KLAuthors, "memory"), (KLAuthors, "seed")],
+    *[(Shuffled, "seed"), (BetaDPO, "seed")],
+]
+
+
+@pytest.mark.parametrize("value", [300.0, 300.5, True, "300", None])
+@pytest.mark.parametrize(("part", "option"), INTEGERS, ids=lambda value: getattr(value, "__name__", value))
+def test_an_option_that_is_an_integer_refuses_all_else(part: type, option: str, value: object) -> None:
+    assert getattr(part(**{option: 300}), option) == 300
+    if (part, option, value) == (KL, "history", None):  # open
+        return
+    with pytest.raises(ConfigError, match=rf"{option}={value!r} is not allowed; allowed: an integer"):
+        part(**{option: value})
+
+
+@pytest.mark.parametrize("value", [5.0, True])
+def test_a_history_of_an_ablation_and_the_steps_of_mirror_descent_are_integers(value: object) -> None:
+    for name in ("reverse", "shuffled"):
+        with pytest.raises(ConfigError, match=rf"{name}.history={value!r} is not allowed; allowed: an integer >= 1"):
+            build_margin(name, inner=build_margin("column"), history=value)
+    with pytest.raises(ConfigError, match=rf"steps={value!r} is not allowed; allowed: an integer >= 1"):
+        mirror_descent_margins(torch.zeros(2), gamma0=1.0, tau=1.0, steps=value)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 
 import mpmath
 import pytest
@@ -275,6 +276,43 @@ def test_the_margins_tables_end_with_every_map_shape_its_formula_and_the_parts_o
         (name, option): default for table in tables[1::2] for name, option, default in plain_rows(table, 0, 1, 2)
     }
     assert options["Quantile", "p"] == "2.0" and options["SampledPool", "memory"] == "2048"
+    assert options["GammaBetaRatio", "gamma_beta_ratio"] == "required"
+
+
+GREEK = re.compile(r"[α-ω]")
+
+
+def test_every_symbol_of_a_formula_is_explained_in_the_legend_in_the_formula_or_among_the_options() -> None:
+    tables = [(registry_table("losses"), LOSSES), (registry_table("margins"), MARGINS)]
+    tables.append((part_tables()[0], named(MapShape)))
+    for table, entries in tables:
+        caption = str(table.caption)
+        for entry in entries.values():
+            here = entry.formula + " ".join(option_meanings(entry).values())
+            if "loss" in option_meanings(entry):
+                here += " ".join(option_meanings(LOSSES["dpo"]).values())
+            for letter in set(GREEK.findall(entry.formula)) - set("γπ"):
+                explained = letter in " ".join(option_meanings(entry).values()) or re.search(
+                    rf"{letter} (= |a running)|Σ_{letter}", entry.formula
+                )
+                assert explained or letter in "β", f"{letter} of {entry.formula}"
+            for symbol in re.findall(r"ℓ|\b(?:s|relu|expm1)(?=\()", entry.formula):
+                assert f"{symbol}(x) = " in caption
+            for symbol, meaning in LEGEND.items():
+                if re.search(rf"(?<![\w']){symbol}(?![\w'])", re.sub(r"\b(a|as) [a-z]+", "", entry.formula)):
+                    assert meaning in caption, f"{symbol} of {entry.formula}"
+    assert "R:" not in str(registry_table("margins").caption)  # only what occurs
+
+
+LEGEND = {"h": "h: ", "a": "a, b: ", "b": "a, b: ", "a0": "a0, b0: ", "n_w": "n_w, n_l: ", "n_l": "n_w, n_l: "} | {
+    "r_w": "r_w = a - a0", "r_l": "r_l = b - b0", "R": "R: ", "R_w": "R: ", "R_l": "R: ", "z": "z: ", "q": "q: ",
+}  # fmt: skip
+
+
+def test_one_symbol_stands_for_the_logistic_function() -> None:
+    for entry in EVERYTHING:
+        text = f"{getattr(entry, 'formula', '')} {entry.__doc__}"
+        assert "σ" not in text and "logistic function" not in text
 
 
 UNITS = ("reward units", "nats", "per nat", "of z", "share", "weight", "number", "integer", "how many", "in `units`")
@@ -290,7 +328,7 @@ def test_every_option_says_what_it_means_and_every_number_its_unit() -> None:
                 assert any(unit in meaning for unit in UNITS), f"{entry.__name__}.{field.name}: {meaning}"
 
 
-@pytest.mark.parametrize(("command", "tables"), [("losses", 2), ("margins", 8), ("presets", 1)])
+@pytest.mark.parametrize(("command", "tables"), [("losses", 2), ("margins", 10), ("presets", 1)])
 def test_the_lookup_commands_write_their_tables(command: str, tables: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert write_table(command) == 0
     printed = capsys.readouterr().out

@@ -126,6 +126,12 @@ def test_nested_messages_survive_json_and_parquet() -> None:
         assert read_rows(write(f"chat.{suffix}", WRITERS[suffix](rows)))[0].values == rows[0]
 
 
+def test_calls_of_different_arguments_keep_their_own_in_parquet_and_nulls_elsewhere_stay() -> None:
+    calls = [{"arguments": {"city": "Paris"}}, {"arguments": {"x": {"y": [1, None]}}}, {"arguments": {}}]
+    rows = [{"call": call, "note": note} for call, note in zip(calls, [None, {"a": 1}, {"a": None}], strict=True)]
+    assert [row.values for row in read_rows(write("calls.parquet", as_parquet(rows)))] == rows
+
+
 def test_rows_are_read_only_as_far_as_they_are_needed() -> None:
     rows = iterate_rows(write("pairs.jsonl", '{"a": 1}\nbroken\n'))
     assert next(rows).values == {"a": 1}

@@ -33,12 +33,12 @@ def test_a_likelier_policy_is_found_with_its_best_temperature():
     assert torch.allclose(found[2], torch.full_like(found[2], math.log(0.5)))  # worse than guessing: c = 0
 
 
-def test_a_strength_is_trusted_only_beyond_its_standard_error():
+def test_a_strength_is_trusted_only_beyond_two_standard_errors():
     generator = torch.Generator().manual_seed(4)
     base = torch.full((400,), -0.69)
     noise = torch.randn(400, generator=generator) * 0.3
     noise = noise - noise.mean()
-    slightly, clearly = base + 0.01 + noise, base + 0.05 + noise  # the standard error is 0.015
+    slightly, clearly = base + 0.025 + noise, base + 0.05 + noise  # the standard error is 0.015
     assert choose((0.0, 1.0), torch.stack([base, slightly])).strength == 0
     assert choose((-1.0, 0.0, 1.0), torch.stack([base - 1, base, clearly])).strength == 1
     with pytest.raises(ConfigError, match="0 must be among them"):

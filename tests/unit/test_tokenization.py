@@ -389,9 +389,21 @@ def test_a_template_that_loses_text_or_would_be_applied_twice_is_refused(
 
 
 def test_texts_that_mention_a_control_token_are_dropped_and_counted() -> None:
-    rows = [pair(), pair("what does </s> mean?"), pair("q", "<s> begins", "no"), pair("q", "a <pad> is fine")]
-    _, kept, counts = tokenize_preferences(rows, byte_bpe(template=THINKING), Tokenization(), show_progress=False)
-    assert kept == [0, 3] and counts["dropped_marker_inside"] == 2
+    rows = [pair(), pair("what does </s> mean?"), pair("q", "<s> begins", "no"), pair("q", "a <pad> is one")]
+    rows += [pair("q", "a <bad> is none"), pair("q", "yes</s>\n"), pair("q", "yes<end>")]
+    tokenizer = byte_bpe(template=THINKING, pad_token="<pad>")
+    for template in ("chat", "text"):
+        options = Tokenization(template=template)
+        _, kept, counts = tokenize_preferences(rows, tokenizer, options, show_progress=False)
+        assert kept == [0, 4, 5] and counts["dropped_marker_inside"] == 4
+
+
+def test_a_rendered_pair_may_end_with_a_control_token_but_hold_none() -> None:
+    prompt, text = "<s>user\nq<end>\n", Tokenization(template="text")
+    rows = [pair(prompt, "yes<end>", "no"), pair(prompt, "y<pad>s", "no"), pair(prompt, "yes<pad><end>", "no")]
+    (found,), kept, counts = tokenize_preferences(rows, byte_bpe(pad_token="<pad>"), text, show_progress=False)
+    assert kept == [0] and counts["dropped_marker_inside"] == 2
+    assert pieces_of(PLAIN, found.chosen) == [*"yes", "<end>", "</s>"]
 
 
 def test_a_rendered_prompt_is_allowed_where_no_template_is_applied() -> None:
@@ -465,11 +477,12 @@ ROWS = [
     pair("abcd", "u", "vwxyz", "row 4"),
     pair("abcde", "uvwxyz", "uvwabc", "row 5"),  # the same first three tokens
     pair("ab", "u</s>w", "v", "row 6"),  # EOS inside
-    pair("ab", "<s>", "x", "row 7"),
+    pair("ab", "w", "x", "row 7"),
+    pair("ab", "<s>", "x", "row 8"),  # a special token inside
 ]
 COUNTS = dict.fromkeys(
     ["prompt_truncated", "chosen_truncated", "rejected_truncated", "dropped_overlong", "dropped_identical"], 0
-) | {"pairs": 7, "dropped_end_inside": 1, "dropped_marker_inside": 0}
+) | {"pairs": 8, "dropped_end_inside": 1, "dropped_marker_inside": 1}
 
 
 def test_truncation_is_counted_and_pairs_left_without_a_difference_are_dropped() -> None:
@@ -624,6 +637,17 @@ def test_smollm2_prompt_and_completion_are_the_whole_conversations_tokens(smollm
     assert found.prompt.tolist() + found.chosen.tolist() + newline == whole
 
 
+@pytest.mark.smollm2
+@pytest.mark.parametrize("template", ["chat", "text"])
+def test_smollm2_drops_control_tokens_that_its_template_does_not_write(
+    smollm2: PreTrainedTokenizerBase, template: str
+) -> None:
+    rows = [pair(), pair("q", "good <|endoftext|> cat"), pair("see <repo_name>"), pair("q", "<file> is no token")]
+    options = Tokenization(template=template)
+    _, kept, counts = tokenize_preferences(rows, smollm2, options, show_progress=False)
+    assert kept == [0, 3] and counts["dropped_marker_inside"] == 2
+
+
 WITH_CALLS = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}"
     "{% for c in m.tool_calls or [] %}"
@@ -633,6 +657,9 @@ WITH_CALLS = (
 )
 ONE_CALL = WITH_CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
 NO_ARGUMENTS = WITH_CALLS.replace(" + ' ' + c.function.arguments | tojson", "")
+AS_TEXT = WITH_CALLS.replace(" | tojson", "")  # joins arguments to text, as DeepSeek's template does
+IN_PYTHON = AS_TEXT.replace(" + ' ' + c.function.arguments }}", " + ' ' }}{{ c.function.arguments }}")
+ADDS_A_NUMBER = WITH_CALLS.replace("m.content }}", "m.content + 1 }}")
 NEEDS_AN_ID = WITH_CALLS.replace("{% if m.tool_call_id %}", "{% if m.role == 'tool' %}")
 
 
@@ -656,9 +683,21 @@ def test_calls_of_tools_in_a_prompt_are_rendered_by_a_template_that_knows_them()
     assert text_of(byte_bpe(), found.chosen) == "four</s>"
 
 
+@pytest.mark.parametrize("template", [AS_TEXT, IN_PYTHON], ids=["joined", "printed"])
+def test_a_template_that_takes_arguments_as_text_is_given_json(template: str) -> None:
+    prompts = [with_calls(call("add", a=2, b="ü")), with_calls(call("stop"), call("add", a=None)), "q"]
+    rows = [pair(prompt, "four", "five") for prompt in prompts]
+    found, _, _ = tokenize_preferences(rows, byte_bpe(template=template), Tokenization(), show_progress=False)
+    texts = [text_of(byte_bpe(), one.prompt) for one in found]
+    assert texts[0] == '<user>q</s>\n<assistant><call>add {"a": 2, "b": "ü"}</s>\n<tool>4</s>\n<assistant>'
+    assert '<call>stop {}<call>add {"a": null}</s>' in texts[1] and texts[2] == "<user>q</s>\n<assistant>"
+
+
 @pytest.mark.parametrize(
     ("template", "prompt", "expected"),
     [
+        (ADDS_A_NUMBER, with_calls(call("add", a=2)), "the chat template refuses the conversation: can only conc"),
+        (ADDS_A_NUMBER, "q", "the chat template refuses the conversation: can only concatenate str"),
         (CHATML, with_calls(call("add", a=2)), "leaves out the calls of tools of a conversation with the roles user"),
         (ONE_CALL, with_calls(call("add"), call("stop")), "leaves out the calls of tools"),
         (NO_ARGUMENTS, with_calls(call("add", a=2)), "leaves out the calls of tools"),
