@@ -118,3 +118,12 @@ def test_ablations_refuse_each_other_and_a_history_that_nothing_reads(name: str)
         build_margin(name, inner=Fixed(), history=9)
     with pytest.raises(ConfigError, match=rf"{name}.history=0 is not allowed; allowed: an integer >= 1"):
         build_margin(name, inner=build_margin("column"), history=0)
+
+
+@pytest.mark.parametrize("name", ["reverse", "shuffled"])
+def test_a_column_that_the_inner_margin_cannot_take_is_found_before_training(name: str) -> None:
+    column = torch.tensor([0.5, 2.0, -1.0, torch.nan])
+    inner = build_margin("column", transform="log")
+    assert build_margin(name, inner=inner).check_column(column) == inner.check_column(column) == 2
+    assert build_margin(name, inner=build_margin("column")).check_column(column) == 3  # a negative gap is none
+    assert build_margin(name, inner=build_margin("kl")).check_column(column) is None  # reads no column
