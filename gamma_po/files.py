@@ -1,11 +1,18 @@
-"""Write files whole or not at all."""
+"""Write files whole or not at all, and one process at a time."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
 
 DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 DISK_ADVICE = (
@@ -35,3 +42,25 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def acquired(lock: FileLock, *, blocking: bool = True) -> bool:
+    """Take a lock, or return False if another holds it; go on without one where the file system has none."""
+    try:
+        lock.acquire(blocking=blocking)
+    except Timeout:
+        return False
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be locked (%s): a second process would do the same work too", lock.lock_file, error)
+    return True
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock, waiting for whoever holds it; it ends with the process at the latest."""
+    lock = FileLock(file)
+    acquired(lock)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -133,9 +133,8 @@ class PreferenceDataModule(LightningDataModule):
                 f"data.label_noise_seed={label_noise_seed} is not used: data.label_noise={label_noise} flips no label; "
                 "allowed: data.label_noise above 0, or no data.label_noise_seed"
             )
-        allowed = "an integer >= 1, or null"
-        require((tokenizing_processes or 1) >= 1, "data.tokenizing_processes", tokenizing_processes, allowed)
-        require(tokenizing_processes != 0, "data.tokenizing_processes", tokenizing_processes, allowed)
+        allowed, given = "an integer >= 1, or null", tokenizing_processes
+        require(given is None or given >= 1, "data.tokenizing_processes", given, allowed)
         self.rules = Rules(
             duplicates=duplicates, contradictions=contradictions, validation_share=validation_share, seed=split_seed
         )

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from gamma_po.data.columns import Columns
@@ -32,6 +31,7 @@ from gamma_po.data.messages import Prompt
 from gamma_po.data.sources import content_key
 from gamma_po.data.tokenization import Tokenization, TokenizedPair, tokenize_stream
 from gamma_po.errors import ConfigError
+from gamma_po.files import locked
 from gamma_po.progress import track
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def pair_file(
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             if _open(path, source) is None:
                 _build(path, source, tokenizer, reading, processes, show_progress)
     except OSError as error:

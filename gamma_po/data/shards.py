@@ -12,14 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gamma_po.data.tokenization import TokenizedPair
 from gamma_po.errors import ConfigError
-from gamma_po.files import write_bytes
+from gamma_po.files import acquired, write_bytes
 from gamma_po.types import PairLogps
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class ShardFolder:
         """
         lock = FileLock(self.path / f"{work}.lock")
         patient = False
-        while not told(leader and _acquired(lock)):
+        while not told(leader and acquired(lock, blocking=False)):
             if leader and not patient:
                 log.warning(
                     "another run is scoring the same pairs under the same reference (%s is locked); waiting for it",
@@ -166,17 +166,6 @@ class ShardFolder:
             yield
         finally:
             lock.release()
-
-
-def _acquired(lock: FileLock) -> bool:
-    """Try to take the lock; go on without one where the file system has none."""
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    except (OSError, NotImplementedError) as error:
-        log.warning("%s cannot be locked (%s): a second run would score the same pairs too", lock.lock_file, error)
-    return True
 
 
 def _read(file: Path) -> tuple[list[bytes], list[str], Tensor] | None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
 
 from gamma_po.data.sources import content_key
 from gamma_po.errors import ConfigError
-from gamma_po.files import write_text
+from gamma_po.files import locked, write_text
 from gamma_po.packages import PACKAGE_PREFIX
 from gamma_po.studies.lm_plan import LanguageStudy, PlannedRun, Unit, option, read_fit
-
-log = logging.getLogger(__name__)
 
 PLAN = "plan.yaml"
 SPLITS = ("train", "validation", "test")
@@ -86,17 +82,3 @@ def claimed(folder: Path, run: PlannedRun) -> Iterator[None]:
     (folder / "locks").mkdir(parents=True, exist_ok=True)
     with locked(folder / "locks" / f"{run.name}.lock"):
         yield
-
-
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold a lock, which ends with the process at the latest; go on without one where the file system has none."""
-    lock = FileLock(file)
-    try:
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        log.warning("%s cannot be locked (%s): a second process would do the same work too", file, error)
-    try:
-        yield
-    finally:
-        lock.release()

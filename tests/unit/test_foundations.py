@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import gamma_po
 from gamma_po.data.loader import ResumableLoader, SequentialBatches, ShuffledBatches
 from gamma_po.errors import DataError
-from gamma_po.files import write_bytes
+from gamma_po.files import locked, write_bytes
 from gamma_po.layouts import padded_sequences
 from gamma_po.schedules import warmup_then
 
@@ -124,3 +125,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     with pytest.raises(OSError, match="no"):
         write_bytes(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_without_locks_stops_no_work_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("no locks here")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    done = []
+    with locked(tmp_path / "some.lock"):
+        done.append("work")
+    assert done == ["work"] and "some.lock cannot be locked (no locks here)" in caplog.text
