@@ -65,7 +65,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=list(DEFAULT_ARMS), default=list(DEFAULT_ARMS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="by default those with a target, and grouping")
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after two of warm-up")
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs per step")
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs per step")
     parser.add_argument("--layout", choices=list(LAYOUTS), default="shared_prefix", help="of our side")
     parser.add_argument("--attention", default="sdpa", help="as model.policy.attention, both sides")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on a CPU")
