@@ -17,7 +17,7 @@ from gamma_po.commands.study_lm import LanguageOptions, run_language_study
 from gamma_po.errors import require
 from gamma_po.studies.alpacaeval import AlpacaEval
 from gamma_po.studies.bandit import Bandit
-from gamma_po.studies.presets import PRESETS
+from gamma_po.studies.presets import ELSEWHERE, PRESETS
 from gamma_po.studies.report import new_folder, print_study, write_study
 from gamma_po.studies.running import Testbed, available_workers
 
@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> int:
         language = parse(LanguageOptions, rest, "study lm")
         return guarded(lambda: run_language_study(language, arguments))
     if "--preset=list" in rest or ("--preset", "list") in itertools.pairwise(rest):
-        sys.stdout.write("".join(f"{name:10} {text}\n" for name, (text, _) in PRESETS.items()))
+        listed = {name: text for name, (text, _) in PRESETS.items()} | ELSEWHERE
+        sys.stdout.write("".join(f"{name:10} {text}\n" for name, text in listed.items()))
         return 0
     if testbed == "bandit":
         options = parse(BanditOptions, rest, "study bandit")

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gamma_po.losses import DPO, IPO, Loss, RobustDPO, SimPO
+from gamma_po.losses import DPO, IPO, KTOPair, Loss, RobustDPO, SimPO
 from gamma_po.margins import KL, Fixed, Map, Margin, NoMargin, Reverse, Shuffled
 from gamma_po.margins.maps import ClippedLinear, Exp, Linear, Piecewise, Power, Sigmoid, Softplus
 from gamma_po.studies.settings import Setting
 
 MAP_BUDGET = 0.5  # mean γ of every map, reward units
+NARROW, WIDE = 0.2, 0.6  # sd of the KL margin's γ at 20 % flips with γ0/τ = 1 and 4, reward units
 MAP_SHAPES = {
     "linear": Linear(), "clipped": ClippedLinear(), "piecewise": Piecewise(), "softplus": Softplus(),
     "sigmoid": Sigmoid(), "power": Power(), "exp": Exp(),
@@ -103,6 +104,29 @@ def other_loss_arms(beta: float, rate: float, flips: float) -> list[Arm]:
         _arm("γ-simpo", simpo, KL(center=False), "simpo", "γ-simpo shuffled", control, control=control, **at),
         _arm("γ-simpo reversed", simpo, Reverse(inner=KL(center=False)), "simpo", **at),
         _arm("γ-simpo shuffled", simpo, Shuffled(inner=KL(center=False)), "simpo", **at),
+    ]
+
+
+def kto_arms(beta: float, rate: float, flips: float) -> list[Arm]:
+    """KTO on pairs, with and without the KL margin."""
+    at, kto = {"rate": rate, "flips": flips}, KTOPair(beta=beta)
+    return [
+        _arm("kto", kto, NoMargin(), "dpo", **at),
+        _arm("γ-kto", kto, KL(center=True), "kto", **at),
+    ]
+
+
+def online_arms(beta: float, rate: float, flips: float) -> list[Arm]:
+    """γ from the policy's own reward margin (KL), or from the frozen reference's (maps): narrow and wide, mean γ0."""
+    dpo, at = DPO(beta=beta), {"rate": rate, "flips": flips}
+    fixed, narrow, wide = "fixed γ0", "online, narrow: kl γ0/τ=1", "online, wide: kl γ0/τ=4"
+    mild, strong = (Map(shape=Linear(g0=1.0, k=k), standardize="z", budget=1.0) for k in (NARROW, WIDE))
+    return [
+        _arm(fixed, dpo, Fixed(gamma=1.0), "dpo", **at),
+        _arm(narrow, dpo, KL(center=False), "dpo", fixed, **at),
+        _arm(wide, dpo, KL(tau=0.25, center=False), "dpo", fixed, **at),
+        _arm("reference, narrow: linear map", dpo, mild, "dpo", fixed, narrow, **at),
+        _arm("reference, wide: linear map", dpo, strong, "dpo", fixed, wide, **at),
     ]
 
 

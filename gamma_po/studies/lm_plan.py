@@ -17,6 +17,7 @@ from gamma_po.errors import ConfigError, require
 
 BARE = re.compile(r"[^a-z0-9]+")
 GREEK = str.maketrans({"γ": "g", "β": "b", "τ": "t", "ε": "e"})
+SECTIONS = ("data", "model", "trainer")  # of `fit`, which hold what a run cannot do without
 QUIET = {  # what a run of a study leaves out, as nobody watches it and its result is a row of the table
     "trainer.enable_progress_bar": False, "checkpoint.save_top_k": 0, "checkpoint.save_last": False,
     "export.enabled": False, "report.show": 0, "pair_recorder.every_n_steps": 1,
@@ -49,6 +50,13 @@ def _check_control(name: str, arm: LanguageArm) -> None:
         value = getattr(arm, key)
         allowed = f"nothing; an arm with matched_to has the options of {arm.matched_to!r}"
         require(value == unset, f"arms.{name}.{key}", value, allowed)
+
+
+def _check_names(owner: str, options: Mapping[str, Any]) -> None:
+    """Refuse to replace a whole section, as `--set.data.train FILE` would: it is read as set: {data: {train: FILE}}."""
+    for key in options:
+        allowed = f"dotted names such as {key}.NAME, in YAML; {key} alone would replace the whole section"
+        require(key not in SECTIONS, owner, key, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +95,13 @@ class LanguageStudy:
         require(len(self.arms) >= 1, "arms", self.arms, "at least one arm, the base loss")
         allowed = "at least one KL, unless gold_columns is []"
         require(bool(self.kls) or not self.gold_columns, "kls", self.kls, allowed)
+        _check_names("set", self.set)
         for name in self.only or ():
             require(name in self.arms, "only", name, ", ".join(self.arms))
         allowed = f"a list with {next(iter(self.arms))!r}, the base loss, which the checks compare with"
         require(self.only is None or next(iter(self.arms)) in self.only, "only", self.only, allowed)
         for name, arm in self.chosen.items():
+            _check_names(f"arms.{name}.set", arm.set)
             for other in arm.against:
                 require(other in self.arms, f"arms.{name}.against", other, ", ".join(self.arms))
             if arm.matched_to is not None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from gamma_po.errors import require
 from gamma_po.losses import DPO, IPO, RobustDPO, SimPO
 from gamma_po.margins import KL, Fixed, Map, Reverse, Shuffled
+from gamma_po.margins.maps import Linear
 from gamma_po.studies.settings import Setting
 
 Config = tuple[float, ...]  # a value for every axis, in the order of the method's axes
@@ -109,6 +110,12 @@ def _map(name: str, flips: float, c: Config) -> Setting:
     return Setting(arm=name, loss=DPO(beta=c[0]), margin=Map(budget=c[2]), learning_rate=c[1], flip_rate=flips)
 
 
+def _linear_map(name: str, flips: float, c: Config) -> Setting:
+    """DPO with a constant margin and the reference π_ref^(1 + k / (β σ)), σ the deviation of the reference margins."""
+    margin = Map(shape=Linear(g0=0.0, k=c[2]), standardize="z")
+    return Setting(arm=name, loss=DPO(beta=c[0]), margin=margin, learning_rate=c[1], flip_rate=flips)
+
+
 def _cdpo(name: str, flips: float, c: Config) -> Setting:
     return Setting(arm=name, loss=DPO(beta=c[0], label_smoothing=c[2]), learning_rate=c[1], flip_rate=flips)
 
@@ -147,6 +154,7 @@ def _gamma_simpo(name: str, flips: float, c: Config) -> Setting:
 
 
 MARGINS_FIXED, SMOOTHING, BUDGETS = (0.25, 1.0, 4.0), (0.1, 0.2, 0.4), (0.1, 0.4, 1.6)
+SLOPES = (0.1, 0.4, 1.6)
 METHODS = {
     method.name: method
     for method in (
@@ -160,6 +168,8 @@ METHODS = {
         Method(name="kl shuffled", axes=_four(), build=_kl_shuffled),
         Method(name="map", axes=_three("budget", BUDGETS), build=_map, control="map, matched slope",
                against=("dpo", "fixed", "map, matched slope")),
+        Method(name="linear map", axes=_three("slope", SLOPES), build=_linear_map, control="linear map, matched slope",
+               against=("dpo", "map", "linear map, matched slope")),
         Method(name="ipo", axes=_two(), build=_ipo),
         Method(name="cdpo", axes=_three("label_smoothing", SMOOTHING, 0.5), build=_cdpo),
         Method(name="robust_dpo", axes=_three("label_smoothing", SMOOTHING, 0.5), build=_robust),

@@ -13,8 +13,10 @@ from gamma_po.studies.arms import (
     base_arms,
     history_arms,
     kl_arms,
+    kto_arms,
     map_arms,
     noise_aware_arms,
+    online_arms,
     other_loss_arms,
     shape_arms,
     strength_arms,
@@ -33,6 +35,8 @@ BETA_CURVE = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 CORE_METHODS = ("dpo", "fixed", "kl", "kl absolute", "kl shuffled", "map", "robust_dpo", "oracle: no flipped pairs")
 MIDDLE = (0.5,)
 NOISE = (0.0, 0.2, 0.4)
+
+ELSEWHERE = {"overhead": "what γ costs per step; no study: python experiments/benchmarks/overhead.py"}
 
 Protocol = PlugAndPlay | Tuned | Calibrated | Challenge
 Build = Callable[[Testbed], Protocol]
@@ -75,9 +79,13 @@ PRESETS: dict[str, tuple[str, Build]] = {
         _tuned(tuple(METHODS), 30),
     ),
     "p2_core": ("p2 with eight methods and one reference", _tuned(CORE_METHODS, 20, rhos=MIDDLE)),
+    "p2_maps": (
+        "p2 with the maps of the reference's margin, steep and linear, and one reference",
+        _tuned(("dpo", "map", "linear map", "oracle: no flipped pairs"), 20, rhos=MIDDLE),
+    ),
     "main": (
-        "DPO, SimPO and IPO with and without γ",
-        _plug(together(base_arms, kl_arms, other_loss_arms), 20),
+        "DPO, SimPO, IPO and KTO with and without γ",
+        _plug(together(base_arms, kl_arms, other_loss_arms, kto_arms), 20),
     ),
     "direction": (
         "full, fixed, none, reverse, shuffled, for the KL margin and the map",
@@ -98,6 +106,10 @@ PRESETS: dict[str, tuple[str, Build]] = {
     "reference": (
         "how informative the reference is",
         _plug(together(base_arms, kl_arms, map_arms), 20, rhos=(0.0, 0.25, 0.5, 0.75, 0.9), flips=(0.2,)),
+    ),
+    "online": (
+        "γ from the policy's own margins (KL) or from the fixed reference's (maps): equal mean γ, like widths",
+        _plug(together(base_arms, online_arms), 20),
     ),
     "history": (
         "how long the KL margin's history is",

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from gamma_po.errors import ConfigError, require
-from gamma_po.losses import DPO, Loss, PairwiseLoss
+from gamma_po.losses import DPO, KTOPair, Loss, PairwiseLoss
 from gamma_po.margins import KL, Fixed, Map, Margin, NoMargin, Reverse, Shuffled
 from gamma_po.types import Evidence, PairLogps
 
@@ -21,7 +21,7 @@ class Setting:
 
     Args:
         arm: name in the tables.
-        loss: a function of the reward margin alone; see `require_pairwise`.
+        loss: a function of the reward margin alone, see `require_pairwise`; or KTO's, see `needs_normaliser`.
         margin: none, fixed, kl, map, or reverse or shuffled of these.
         learning_rate: of Adam at its peak, > 0.
         flip_rate: share of labels flipped, in [0, 0.5).
@@ -40,7 +40,10 @@ class Setting:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number > 0")
         require(0 <= self.flip_rate < 0.5, "flip_rate", self.flip_rate, "0 <= rate < 0.5")
         require(self.mask in ("none", "flipped"), "mask", self.mask, "none, flipped")
-        require_pairwise(self.loss)
+        if not needs_normaliser(self.loss):
+            require_pairwise(self.loss)
+        allowed = f"none with {self.loss.name}, whose K is a mean over all pairs of the batch"
+        require(self.mask == "none" or not needs_normaliser(self.loss), "mask", self.mask, allowed)
         if not isinstance(core(self.margin), (*STATIC, KL)):
             raise ConfigError(
                 f"{self.arm}: the margin {self.margin.name!r} is not known to the bandit; allowed: none, fixed, kl, "
@@ -56,6 +59,11 @@ class Setting:
 def core(margin: Margin) -> Margin:
     """The margin inside of `reverse` and `shuffled`."""
     return margin.inner if isinstance(margin, Reverse | Shuffled) else margin
+
+
+def needs_normaliser(loss: Loss) -> bool:
+    """Whether a loss judges each response on its own, so that log Z(x) of the policy does not cancel in it."""
+    return isinstance(loss, KTOPair)
 
 
 def require_pairwise(loss: Loss) -> None:
@@ -76,5 +84,6 @@ def require_pairwise(loss: Loss) -> None:
     if not same:
         raise ConfigError(
             f"the loss {loss.name!r} is not allowed in a bandit study: it depends on more than the difference of "
-            "chosen and rejected; allowed: dpo, robust_dpo, simpo, dpo_norm, ipo, hinge, rdpo, exo_pair, discopop"
+            "chosen and rejected; allowed: dpo, robust_dpo, simpo, dpo_norm, ipo, hinge, rdpo, exo_pair, discopop, "
+            "kto_pair"
         )

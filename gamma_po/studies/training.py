@@ -18,7 +18,8 @@ from gamma_po.losses import gradient_weight
 from gamma_po.margins import Margin, NoMargin, Shuffled
 from gamma_po.schedules import warmup_then
 from gamma_po.studies.network import Network, Optimizer, gradients, initial, scores, with_constant
-from gamma_po.studies.settings import Setting
+from gamma_po.studies.normaliser import Normalised, add_gradient, normalised, with_normaliser
+from gamma_po.studies.settings import Setting, needs_normaliser
 from gamma_po.studies.worlds import Labels, Worlds, generator_of, labels, reference_logps
 from gamma_po.types import Evidence, PairLogps
 
@@ -71,11 +72,12 @@ class Group(NamedTuple):
 
 
 def ordered(settings: Sequence[Setting]) -> list[Setting]:
-    """Put settings with equal loss, margin and flip rate side by side; otherwise keep their order."""
+    """Put settings with equal loss and margin side by side, those that need log Z last; else keep their order."""
     keys: dict[tuple[str, str], list[Setting]] = {}
     for setting in settings:
         keys.setdefault((repr(setting.loss), repr(setting.margin)), []).append(setting)
-    return [setting for group in keys.values() for setting in group]
+    groups = sorted(keys.values(), key=lambda group: needs_normaliser(group[0].loss))
+    return [setting for group in groups for setting in group]
 
 
 def train(worlds: Worlds, settings: Sequence[Setting], how: Training, track: Track = iter) -> Trained:
@@ -99,12 +101,15 @@ def train(worlds: Worlds, settings: Sequence[Setting], how: Training, track: Tra
     margins = [group.setting.margin.bind(group.setting.loss) for group in groups]
     states = [margin.init() for margin in margins]
     first, second = with_constant(worlds.pairs.first), with_constant(worlds.pairs.second)
+    alone, whole = with_normaliser(settings), None
     records, at = [], []
     for step in track(range(how.steps)):
         rows = batches[:, step]
         world = torch.arange(len(worlds))[:, None]
         x = torch.cat([first[world, rows], second[world, rows]], dim=1)
-        batch = _Batch(worlds, settings, by_rate, rows, scores(network, x))
+        if alone.start < alone.stop:
+            whole = normalised(network, alone, worlds.pairs, rows)
+        batch = _Batch(worlds, settings, by_rate, rows, scores(network, x), whole)
         keep = (step + 1) % how.snapshot_every == 0 or step + 1 == how.steps
         snapshot = []
         for number, (group, margin) in enumerate(zip(groups, margins, strict=True)):
@@ -112,7 +117,7 @@ def train(worlds: Worlds, settings: Sequence[Setting], how: Training, track: Tra
             batch.add_loss(group, gamma)
             if keep:
                 snapshot.append(batch.snapshot(group, gamma))
-        optimizer.step(gradients(network, x, batch.gradient()), factor(step))
+        optimizer.step(batch.gradient(network, x), factor(step))
         if keep:
             at.append(step + 1)
             records.append([torch.cat(field, dim=1) for field in zip(*snapshot, strict=True)])
@@ -130,8 +135,9 @@ class _Batch:
         by_rate: dict[float, Labels],
         rows: Tensor,
         found: Tensor,
+        whole: Normalised | None,
     ) -> None:
-        self.rows = rows
+        self.rows, self.whole = rows, whole
         world = torch.arange(len(worlds))[:, None]
         picked = {rate: Labels(*(field[world, rows].T for field in value)) for rate, value in by_rate.items()}
         chosen, self.flipped, self.wrong = (
@@ -150,11 +156,14 @@ class _Batch:
         self.losses: list[Tensor] = []
 
     def evidence(self, group: Group) -> Evidence:
-        """What losses and margins see: [B, G, W] each. log Z is left out, as it cancels."""
+        """What losses and margins see: [B, G, W] each. log Z is left out where it cancels."""
         members = (slice(None), group.members)
         reference_chosen, reference_rejected = (side[members] for side in self.reference)
         one = torch.ones_like(reference_chosen)
         policy = (reference_chosen + self.chosen[members], reference_rejected + self.rejected[members])
+        if self.whole is not None and needs_normaliser(group.setting.loss):
+            own = slice(*(end - self.whole.members.start for end in (group.members.start, group.members.stop)))
+            policy = (policy[0] - self.whole.log_z[:, own], policy[1] - self.whole.log_z[:, own])
         return Evidence(
             PairLogps(*policy, one, one),
             PairLogps(reference_chosen, reference_rejected, one, one),
@@ -166,12 +175,16 @@ class _Batch:
         per_pair = group.setting.loss(self.evidence(group), gamma)
         self.losses.append(((per_pair * keep).sum(0) / keep.sum(0).clamp_min(1)).sum())
 
-    def gradient(self) -> Tensor:
-        """∂(sum of all runs' losses)/∂f of the step's responses, first then second, [W, S, 2B]."""
-        of_chosen, of_rejected = torch.autograd.grad(torch.stack(self.losses).sum(), [self.chosen, self.rejected])
+    def gradient(self, network: Network, x: Tensor) -> Network:
+        """∂(sum of all runs' losses)/∂parameters; `x` holds the features of the first responses, then of the second."""
+        leaves = [self.chosen, self.rejected] if self.whole is None else [self.chosen, self.rejected, self.whole.log_z]
+        of_chosen, of_rejected, *of_log_z = torch.autograd.grad(torch.stack(self.losses).sum(), leaves)
         first = torch.where(self.first_chosen, of_chosen, of_rejected)
         second = torch.where(self.first_chosen, of_rejected, of_chosen)
-        return torch.cat([first, second]).permute(2, 1, 0).contiguous()
+        found = gradients(network, x, torch.cat([first, second]).permute(2, 1, 0).contiguous())
+        if self.whole is not None:
+            add_gradient(found, network, self.whole, of_log_z[0])
+        return found
 
     def snapshot(self, group: Group, gamma: Tensor) -> list[Tensor]:
         """h, γ, gradient weight, flipped, wrong: [B, G, W] each."""

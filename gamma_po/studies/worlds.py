@@ -27,6 +27,8 @@ class Pairs(NamedTuple):
     first_better: Tensor  # [W, N] bool: the gold reward's order
     first_preferred: Tensor  # [W, N] bool: the label before flips
     coin: Tensor  # [W, N] uniform: the label is flipped where it is below the flip rate
+    responses: Tensor  # [W, N, K, F] features of all responses to the pair's prompt
+    reference: Tensor  # [W, N, K] log π_ref, nats; -inf for a response that does not exist
 
 
 class HeldOut(NamedTuple):
@@ -137,6 +139,6 @@ def preference_pairs(
     coin = torch.rand(len(drawn), generator=generator)
     fields = (
         features[rows, first], features[rows, second], reference[rows, first], reference[rows, second],
-        gap > 0, preferred, coin,
+        gap > 0, preferred, coin, features, reference,
     )  # fmt: skip
     return Pairs(*(field[None] for field in fields))

@@ -15,6 +15,7 @@ from gamma_po.studies.bandit import Bandit
 from gamma_po.studies.calibration import Calibrated, choose
 from gamma_po.studies.figures import style
 from gamma_po.studies.measures import log_likelihoods
+from gamma_po.studies.methods import METHODS
 from gamma_po.studies.network import scores
 from gamma_po.studies.settings import Setting
 from gamma_po.studies.training import Training, train
@@ -58,6 +59,20 @@ def test_a_map_of_negative_strength_is_the_map_of_a_reference_with_its_answers_s
     assert torch.allclose(gammas(-3.0, evidence), 3 * gammas(-1.0, evidence))
     assert float(gammas(2.0, evidence).mean()) == pytest.approx(1.0, abs=1e-5)
     assert torch.equal(gammas(0.0, evidence), torch.zeros(50))
+
+
+def test_a_linear_map_is_dpo_with_a_sharper_reference_and_a_constant_margin():
+    drawn = torch.randn(4, 200, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    one = torch.ones(200, dtype=torch.float64)
+    policy, reference = PairLogps(drawn[0], drawn[1], one, one), PairLogps(drawn[2], drawn[3], one, one)
+    setting = METHODS["linear map"].build("a", 0.0, (0.2, 0.01, 0.3))
+    gamma = setting.margin(torch.zeros(200), Evidence(policy, reference), setting.margin.fit(reference))[0]
+    m = drawn[2] - drawn[3]
+    sigma = float(((m - m.mean()) ** 2).mean().sqrt())
+    power = 1 + 0.3 / (0.2 * sigma)
+    h = 0.2 * ((drawn[0] - drawn[1]) - power * m)
+    expected = torch.log1p((-(h + 0.3 * float(m.mean()) / sigma)).exp())
+    assert torch.allclose(setting.loss(Evidence(policy, reference), gamma), expected, atol=1e-6)
 
 
 def test_calibration_pairs_change_nothing_else_and_are_of_the_same_world():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gamma_po.errors import ConfigError
-from gamma_po.losses import DPO, IPO, SimPO, build_loss
+from gamma_po.losses import DPO, IPO, KTOPair, SimPO, build_loss
 from gamma_po.margins import KL, Fixed, Map, NoMargin, Reverse, Shuffled, build_margin
 from gamma_po.margins.ablations import reversed_ranks
 from gamma_po.studies.bandit import Bandit
@@ -39,10 +39,9 @@ def worlds():
     return SMALL.draw((0, 1, 2), (0.0, 0.75))
 
 
-def one_run(worlds, world, setting, how):
-    """A plain training loop of one run: torch's modules, autograd and Adam, and the margin on [B] tensors."""
-    first, second = (field[world] for field in worlds.pairs[:2])
-    found = labels(worlds.pairs, setting.flip_rate)
+def beginning(worlds, world, how):
+    """The network of a seed as a torch module, and the rows of every step."""
+    first = worlds.pairs.first[world]
     generator = torch.Generator().manual_seed(1_000_003 * (worlds.seed[world] + 1) + 1)
     start = torch.randn(first.shape[1] + 1, how.units, generator=generator) / math.sqrt(first.shape[1] + 1)
     layer, out = torch.nn.Linear(first.shape[1], how.units), torch.nn.Linear(how.units, 1, bias=False)
@@ -50,15 +49,28 @@ def one_run(worlds, world, setting, how):
         layer.weight.copy_(start[:-1].T)
         layer.bias.copy_(start[-1])
         out.weight.zero_()
-    policy = torch.nn.Sequential(layer, torch.nn.ReLU(), out)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1.0)
     generator = torch.Generator().manual_seed(1_000_003 * (worlds.seed[world] + 1) + 2)
     order = torch.cat([torch.randperm(len(first), generator=generator) for _ in range(how.steps)]).view(-1, how.batch)
+    return torch.nn.Sequential(layer, torch.nn.ReLU(), out), order
+
+
+def learning_rate(setting, how, step):
+    """A warm-up and a cosine."""
+    warm = math.ceil(how.warmup_ratio * how.steps)
+    late = 0.5 * (1 + math.cos(math.pi * (step - warm) / (how.steps - warm)))
+    return setting.learning_rate * ((step + 1) / warm if step < warm else late)
+
+
+def one_run(worlds, world, setting, how):
+    """A plain training loop of one run: torch's modules, autograd and Adam, and the margin on [B] tensors."""
+    first, second = (field[world] for field in worlds.pairs[:2])
+    found = labels(worlds.pairs, setting.flip_rate)
+    policy, order = beginning(worlds, world, how)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1.0)
     margin = setting.margin.bind(setting.loss)
     everything = reference_logps(worlds.pairs, found.first_chosen)
     own = PairLogps(*(field[world] for field in everything[:4]))
     state = margin.fit(own) if margin.needs_fit else margin.init()
-    warm = math.ceil(how.warmup_ratio * how.steps)
     for step in range(how.steps):
         rows = order[step]
         prefers_first = found.first_chosen[world, rows]
@@ -73,8 +85,7 @@ def one_run(worlds, world, setting, how):
         gamma, state = margin(h, evidence.map(torch.Tensor.detach), state)
         keep = one if setting.mask == "none" else (~found.flipped[world, rows]).float()
         loss = (setting.loss(evidence, gamma) * keep).sum() / keep.sum()
-        rate = (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (how.steps - warm)))
-        optimizer.param_groups[0]["lr"] = setting.learning_rate * rate
+        optimizer.param_groups[0]["lr"] = learning_rate(setting, how, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -109,6 +120,54 @@ def test_a_run_of_the_batched_program_is_a_plain_training_loop(name, worlds):
             expected = policy(worlds.held_out.features[world].flatten(0, 1))[:, 0]
             assert expected.std() > 0.01
             assert (centred(found[world, index]) - centred(expected)).abs().max() < SAME_SCORES
+
+
+def one_kto_run(worlds, world, beta, gamma, setting, how):
+    """KTO's formula on the probabilities of a softmax over all responses of the prompt."""
+    pairs, (policy, order) = worlds.pairs, beginning(worlds, world, how)
+    found = labels(pairs, setting.flip_rate).first_chosen[world]
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1.0)
+    for step in range(how.steps):
+        rows = order[step]
+        log_policy = torch.log_softmax(pairs.reference[world, rows] + policy(pairs.responses[world, rows])[..., 0], 1)
+        reward = beta * (log_policy - pairs.reference[world, rows])
+        sides = []
+        for side in (pairs.first, pairs.second):
+            place = (pairs.responses[world, rows] == side[world, rows][:, None]).all(-1)
+            assert bool((place.sum(1) == 1).all())
+            sides.append(reward[place])
+        chosen = torch.where(found[rows], sides[0], sides[1])
+        rejected = torch.where(found[rows], sides[1], sides[0])
+        k_chosen, k_rejected = (max(0.0, float(side.detach().mean())) for side in (chosen, rejected))
+        up, down = chosen - gamma / 2 - k_rejected, rejected + gamma / 2 - k_chosen
+        loss = (1 / (1 + up.exp()) + 1 / (1 + (-down).exp())).mean()
+        optimizer.param_groups[0]["lr"] = learning_rate(setting, how, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return policy
+
+
+def test_kto_is_trained_on_the_probabilities_of_a_softmax_over_all_responses(worlds):
+    settings = [Setting(arm="a", loss=DPO(beta=0.5), flip_rate=0.3)]
+    for gamma, flips in ((0.0, 0.0), (0.8, 0.0), (0.8, 0.3)):
+        settings.append(Setting(arm=f"kto {gamma}", loss=KTOPair(beta=2.0), margin=Fixed(gamma=gamma), flip_rate=flips))
+    settings = ordered([settings[1], settings[0], *settings[2:]])
+    assert settings[0].arm == "a"  # what needs all responses comes last
+    held_out = with_constant(worlds.held_out.features.flatten(1, 2))
+    found = scores(train(worlds, settings, HOW).network, held_out)
+    assert torch.allclose(found[:, :1], scores(train(worlds, settings[:1], HOW).network, held_out), atol=SAME_SCORES)
+    for index, setting in enumerate(settings[1:], start=1):
+        for world in (1, 4):
+            policy = one_kto_run(worlds, world, 2.0, setting.margin.gamma, setting, HOW)
+            expected = policy(worlds.held_out.features[world].flatten(0, 1))[:, 0]
+            assert expected.std() > 0.01
+            assert (centred(found[world, index]) - centred(expected)).abs().max() < SAME_SCORES
+
+
+def test_kto_without_the_flipped_pairs_is_refused():
+    with pytest.raises(ConfigError, match="none with kto_pair"):
+        Setting(arm="x", loss=KTOPair(), mask="flipped")
 
 
 def test_no_margin_and_a_margin_of_zero_train_the_same_weights_bit_for_bit(worlds):
@@ -209,7 +268,7 @@ def test_scores_are_rescaled_to_the_kl_asked_for_and_nan_where_it_is_out_of_reac
     assert judge.scale_for(torch.zeros(2, 3, 4), 0.3).isnan().all()
 
 
-@pytest.mark.parametrize("name", ["kto_pair", "cpo", "dpop", "bco_pair", "sft"])
+@pytest.mark.parametrize("name", ["nca_pair", "cpo", "dpop", "bco_pair", "sft"])
 def test_a_loss_that_needs_more_than_the_difference_is_refused(name):
     with pytest.raises(ConfigError, match=f"'{name}' is not allowed in a bandit study"):
         Setting(arm="x", loss=build_loss(name))
