@@ -48,12 +48,12 @@ def win_rates(annotations: list[dict[str, Any]]) -> dict[str, float]:
         DataError: these are not AlpacaEval's questions.
     """
     if importlib.util.find_spec(PACKAGE) is None:
-        raise ConfigError("annotations need the package alpaca-eval: pip install alpaca-eval (the extra `judges`)")
+        raise ConfigError("annotations need the package alpaca-eval: pip install alpaca-eval 'setuptools<81'")
     try:
         from alpaca_eval.metrics import get_length_controlled_winrate
     except ImportError as error:  # alpaca-eval hides this function where a package that it needs is missing
         problem = f"alpaca-eval is installed, but not all that it needs: {error}"
-        raise ConfigError(f"{problem}; pip install alpaca-eval") from error
+        raise ConfigError(f"{problem}; pip install alpaca-eval 'setuptools<81'") from error
     if len(annotations) != QUESTIONS:
         raise DataError(
             f"{len(annotations)} annotations, and AlpacaEval has {QUESTIONS} questions, whose difficulties the "

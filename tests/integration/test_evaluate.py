@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import shutil
 import sys
 import types
@@ -168,6 +170,29 @@ def test_win_rates_are_what_alpaca_eval_makes_of_all_annotations(
     assert main(["evaluate", "--annotations", str(file), "--output", str(output)]) == 0
     assert json.loads(output.read_text()) == {"win_rate": 51.5, "length_controlled_winrate": 49.25}
     assert [row["instruction"] for row in seen] == [f"question {i}" for i in range(805)]
+
+
+@pytest.mark.filterwarnings("ignore")  # the package's own, of setuptools and scikit-learn
+def test_the_real_package_takes_the_effect_of_length_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    glm = pytest.importorskip("alpaca_eval.metrics.glm_winrate", reason="needs alpaca-eval (the extra `judges`)")
+    generator = torch.Generator().manual_seed(0)
+    difficulty, gamed, ours = torch.randn(3, 805, generator=generator).tolist()
+    longer = [random.Random(i).randint(-100, 300) for i in range(805)]  # characters
+    preferences = [1 + 1 / (1 + math.exp(-n / 100)) for n in longer]  # the judge likes length and nothing else
+    lines = [f"a,{i},{ours[i] % 1},{gamed[i]},{difficulty[i]},False" for i in range(805)]
+    header = "model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"
+    (tmp_path / "df_gamed.csv").write_text("\n".join([header, *lines]))
+    monkeypatch.setattr(glm, "hf_hub_download", lambda **_: str(tmp_path / "df_gamed.csv"))
+    rows = [
+        {**annotation(i, preferences[i]), "index": i, "output_1": "a" * 400, "output_2": "a" * (400 + longer[i])}
+        for i in range(805)
+    ]
+    file, output = tmp_path / "annotations.json", tmp_path / "out.json"
+    file.write_text(json.dumps(rows))
+    assert main(["evaluate", "--annotations", str(file), "--output", str(output)]) == 0
+    rates = json.loads(output.read_text())
+    assert rates["win_rate"] == pytest.approx(100 * (sum(preferences) / 805 - 1))
+    assert rates["win_rate"] > 65 and abs(rates["length_controlled_winrate"] - 50) < 5
 
 
 @pytest.mark.parametrize(
