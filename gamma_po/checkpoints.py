@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from gamma_po.errors import ConfigError
+from gamma_po.flat_sharding import WRAPPER, named_state
 from gamma_po.losses import Loss
 from gamma_po.margins import KLPool, KLSolver, Margin
 from gamma_po.margins.maps import MapShape
 from gamma_po.objective import StepState
 from gamma_po.registry import plain_config
-from gamma_po.saved import PREVIOUS
+from gamma_po.saved import PREVIOUS, read_plain
 from gamma_po.state import state_from_plain
 
 PARTIAL = ".partial"
@@ -109,6 +111,21 @@ def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> N
     trainer.strategy.barrier("save_whole")
 
 
+def load_plain_files_only(strategy: FSDPStrategy) -> None:
+    """Let a strategy refuse checkpoints in one file that are more than plain values.
+
+    FSDPStrategy of Lightning 2.6 unpickles what it finds there, whatever `weights_only` says.
+    """
+    load = strategy.load_checkpoint
+
+    def checked(path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        if Path(path).is_file():
+            read_plain(Path(path), needed=())
+        return load(path, weights_only)
+
+    strategy.load_checkpoint = checked  # type: ignore[method-assign]
+
+
 def straighten_progress(loops: dict[str, Any], epoch: int) -> None:
     """Correct, in place, what Lightning 2.6 counts wrongly in a run that went on from the end of an epoch.
 
@@ -164,7 +181,8 @@ def _remove(path: Path) -> None:
 
 def slim_state_dict(module: LightningModule, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keep the policy's trainable weights; with full training these are all of them."""
-    trainable = {name for name, parameter in module.policy.named_parameters() if parameter.requires_grad}
+    trained = (name for name, parameter in module.policy.named_parameters() if parameter.requires_grad)
+    trainable = {name.replace(WRAPPER, "") for name in trained}
     everything = all(parameter.requires_grad for parameter in module.policy.parameters())
     return {
         key: value
@@ -182,7 +200,8 @@ def keep_trained_weights(module: LightningModule, state_dict: dict[str, Tensor],
 
 def trained_names(module: LightningModule) -> list[str]:
     """Return what a checkpoint's weights are called, on every process, whoever holds them."""
-    return sorted(slim_state_dict(module, module.state_dict()))
+    state = named_state(module.policy)
+    return sorted(slim_state_dict(module, {f"policy.{name}": value for name, value in state.items()}))
 
 
 def load_step_state(module: LightningModule, checkpoint: dict[str, Any]) -> StepState:

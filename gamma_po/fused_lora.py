@@ -20,6 +20,8 @@ from torch.nn import functional as F
 class FusedLoraLinear(LoraLinear):
     """peft's LoRA on a linear layer; whatever `_fusable` does not name goes peft's own way."""
 
+    base_was_frozen: bool | None = None  # before FSDP1 gave it views of a tensor that all trains; None: there is none
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W x + b + scaling · B A x."""
         dtype = _compute_dtype(x)
@@ -41,10 +43,12 @@ class FusedLoraLinear(LoraLinear):
         plain = name not in self.lora_variant and self.lora_B[name].bias is None
         without_dropout = not self.training or isinstance(self.lora_dropout[name], nn.Identity)
         base = self.base_layer
-        frozen = type(base) is nn.Linear and not any(parameter.requires_grad for parameter in base.parameters())
+        frozen = self.base_was_frozen
+        if frozen is None:
+            frozen = not any(parameter.requires_grad for parameter in base.parameters())
         casts = torch.is_autocast_enabled(base.weight.device.type)
         one_dtype = casts or {base.weight.dtype, self.lora_A[name].weight.dtype} == {dtype}
-        return plain and without_dropout and frozen and one_dtype
+        return type(base) is nn.Linear and plain and without_dropout and frozen and one_dtype
 
 
 def fuse_lora(model: PeftModel) -> None:

@@ -20,10 +20,12 @@ class TokenLogps(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """How logits come from the head's output x: softcap · tanh(scale · x / softcap), or scale · x without a cap."""
+    """How logits come from the head's output x: softcap · tanh(scale · x / softcap), or scale · x without a cap; in
+    either case they are then divided by the temperature."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
 
 def completion_token_logps(
@@ -46,7 +48,7 @@ def completion_token_logps(
         hidden: [N, D], any float dtype.
         targets: [N], token ids.
         head: maps [n, D] to [n, vocabulary].
-        logits: scale and soft-capping of the architecture.
+        logits: scale and soft-capping of the architecture, and the temperature.
         with_collision: also return log Σ_v p(v)².
         chunk_tokens: positions per chunk; None chooses by vocabulary and device.
 
@@ -82,6 +84,8 @@ def _chunk(hidden: Tensor, targets: Tensor, head: nn.Module, logits: Logits, wit
     values = head(hidden).float() * logits.scale
     if logits.softcap is not None:
         values = logits.softcap * torch.tanh(values / logits.softcap)
+    if logits.temperature != 1:
+        values = values / logits.temperature
     total = values.logsumexp(1)
     collision = None
     if with_collision:
@@ -129,13 +133,13 @@ def _with_slope(
 
     Each pass over [n, vocabulary] counts here: probabilities stay unnormalised, exp(x - max x), to the end.
     """
-    if logits != Logits():
-        values = values.float() * logits.scale
-    slope = None  # of the logits by the head's output, where it is not the constant scale
+    slope = None  # of the logits by the head's output, where it is not the constant scale / temperature
     if logits.softcap is not None:
-        values.div_(logits.softcap).tanh_()
+        values = values.float().mul(logits.scale / logits.softcap).tanh_()
         slope = 1 - values.square()
-        values.mul_(logits.softcap)
+        values.mul_(logits.softcap / logits.temperature)
+    elif logits != Logits():
+        values = values.float() * (logits.scale / logits.temperature)
     highest = values.amax(1, keepdim=True).float()
     asked = values.gather(1, targets[:, None]).float() - highest
     weights = torch.sub(values, highest).exp_()
@@ -147,7 +151,7 @@ def _with_slope(
         weights.mul_(slope)
         at_target = at_target * slope.gather(1, targets[:, None])
     mean = weights.to(weight.dtype) @ weight / total
-    return TokenLogps(logps, collision), logits.scale * (at_target - mean)
+    return TokenLogps(logps, collision), logits.scale / logits.temperature * (at_target - mean)
 
 
 def _joined(pieces: list[TokenLogps]) -> TokenLogps:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gamma_po.attention import SEGMENTS
 from gamma_po.checkpoints import (
     keep_trained_weights,
+    load_plain_files_only,
     load_step_state,
     plain_hparams,
     slim_state_dict,
@@ -39,6 +40,7 @@ from gamma_po.data.reference_cache import (
 )
 from gamma_po.errors import ConfigError, require
 from gamma_po.evaluation.pairs import PairMetrics
+from gamma_po.flat_sharding import check_flat_sharding, is_flat, shard_flat
 from gamma_po.forwards import score
 from gamma_po.losses import Loss, require_margin_fits
 from gamma_po.margins import Margin
@@ -52,7 +54,7 @@ from gamma_po.policies import (
     load_parts,
     load_tokenizer,
 )
-from gamma_po.ranks import Ranks, as_one, current_ranks
+from gamma_po.ranks import Distributed, Ranks, as_one, current_ranks
 from gamma_po.reference import Reference, ReferenceSource, check_agreement, check_reference_is_used
 from gamma_po.resuming import (
     Resume,
@@ -61,13 +63,14 @@ from gamma_po.resuming import (
     check_same_reference,
     check_same_run,
     check_same_settings,
+    check_whole_steps,
     go_on_as_given,
     run_settings,
 )
 from gamma_po.saved import FORMAT, FORMAT_KEY, check_format
 from gamma_po.schedules import Schedule, warmup_then
-from gamma_po.scorer import CompletionScorer, check_layout
-from gamma_po.sharding import check_sharding, gathered_in, shard
+from gamma_po.scorer import CompletionScorer, check_layout, steady_positions
+from gamma_po.sharding import TENSOR, check_sharding, gathered_in, shard
 from gamma_po.state import state_to_device, state_to_plain
 from gamma_po.types import Evidence, LossOutput, PairLogps, PreferenceBatch
 
@@ -183,25 +186,49 @@ class PreferenceModule(LightningModule):
 
     def _prepare_sharding(self) -> None:
         """Refuse what the strategy cannot shard; keep checkpoints from bringing together what they drop."""
-        if self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy):
-            raise ConfigError(
-                "trainer.strategy: FSDPStrategy (FSDP1) is not supported: it gathers weights only inside of "
-                "Lightning's own steps, and the reference is scored outside of them; allowed: ModelParallelStrategy "
-                "(FSDP2; see experiments/sharding/fsdp2.yaml), or ddp"
-            )
-        if self.device_mesh is None:
-            return
-        for config in (self.policy_config, self.reference.config if self.reference else self.policy_config):
-            check_sharding(config, self.device_mesh, self.trainer.precision)
-        self.register_state_dict_post_hook(keep_trained_weights)
+        strategy, mesh = getattr(self._trainer, "strategy", None), self.device_mesh
+        if isinstance(strategy, FSDPStrategy):
+            for config in self.model_configs:
+                check_flat_sharding(config, strategy, self.trainer.precision, processes=self.trainer.world_size)
+            load_plain_files_only(strategy)
+            self.to(strategy.root_device)  # else this module's device stays the CPU: Lightning moves weights only
+        elif mesh is not None:
+            self.check_sharding(processes=mesh.size(), tensor_parallel=mesh[TENSOR].size())
+        if self._is_sharded:
+            self.register_state_dict_post_hook(keep_trained_weights)
+
+    @property
+    def model_configs(self) -> tuple[ModelConfig, ModelConfig]:
+        """Of the policy and the reference."""
+        return self.policy_config, self.reference.config if self.reference else self.policy_config
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether the strategy shares the weights of models between the processes; `inspect` has none."""
+        flat = isinstance(getattr(self._trainer, "strategy", None), FSDPStrategy)
+        return self.device_mesh is not None or (flat and isinstance(self.ranks, Distributed))
+
+    def check_sharding(self, *, processes: int, tensor_parallel: int) -> None:
+        """Refuse a policy or a reference that cannot be sharded over so many processes; see `sharding`."""
+        for config in self.model_configs:
+            precision = self.trainer.precision
+            check_sharding(config, precision, processes=processes, tensor_parallel=tensor_parallel)
 
     def _load(self, config: ModelConfig) -> PreTrainedModel:
         """Load a model; where it is going to be sharded, without weights, of which each process then reads its part."""
-        return load_model(config) if self.device_mesh is None else load_parts(config)
+        model = load_parts(config) if self._is_sharded else load_model(config)
+        datamodule, limit = getattr(self._trainer, "datamodule", None), steady_positions(model.config)
+        if limit is not None and hasattr(datamodule, "check_positions"):
+            datamodule.check_positions(limit)
+        return model
 
     def _placed(self, scorer: CompletionScorer) -> CompletionScorer:
         """Shard a model that was just loaded, where the strategy shards."""
-        return scorer if self.device_mesh is None else shard(scorer, self.device_mesh, self.trainer.precision)
+        if not self._is_sharded:
+            return scorer
+        if self.device_mesh is None:
+            return shard_flat(scorer, self.trainer.strategy.root_device, self.trainer.precision)
+        return shard(scorer, self.device_mesh, self.trainer.precision)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The given optimizer over what is trainable, with warm-up and schedule per step."""
@@ -209,6 +236,7 @@ class PreferenceModule(LightningModule):
         check_accumulation(self.trainer)
         optimizer = self.optimizer_factory([p for p in self.policy.parameters() if p.requires_grad])
         total_steps = self.trainer.estimated_stepping_batches
+        check_whole_steps(self.trainer)
         if not math.isfinite(total_steps):
             raise ConfigError("the schedule needs a known number of steps: set trainer.max_steps or trainer.max_epochs")
         factor = warmup_then(self.schedule, total_steps=int(total_steps), warmup_ratio=self.warmup_ratio)
@@ -226,7 +254,9 @@ class PreferenceModule(LightningModule):
     ) -> None:
         """Clip; also for fused optimizers, which Lightning refuses under bf16-mixed though nothing is scaled there."""
         plugin = self.trainer.precision_plugin
-        if gradient_clip_val and type(plugin) is MixedPrecision and plugin.scaler is None:
+        if gradient_clip_val and is_flat(self.policy) and gradient_clip_algorithm != GradClipAlgorithmType.VALUE:
+            self.policy.clip_grad_norm_(gradient_clip_val)  # by the norm over all processes
+        elif gradient_clip_val and type(plugin) is MixedPrecision and plugin.scaler is None:
             kind = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val, kind)
         else:
@@ -308,11 +338,11 @@ class PreferenceModule(LightningModule):
         if self.reference is None or self.reference.source != "cached":
             return
         datamodule, config = self.trainer.datamodule, self.reference.config
-        gathered = gathered_in(self.trainer.precision, sharded=self.device_mesh is not None)
+        gathered = gathered_in(self.trainer.precision, sharded=self._is_sharded)
         key = ReferenceKey(
             weights=self.reference.weights,
             layout=datamodule.layout,
-            precision=f"{config.dtype}/{self.policy_config.dtype}/{gathered}",
+            precision=f"{config.dtype}/{gathered}",
             attention=config.attention if datamodule.layout == "padded" else SEGMENTS,
         )
         needed = BASE_FIELDS + (SHARED_FIELDS if self.loss.needs_shared else ())
@@ -335,8 +365,9 @@ class PreferenceModule(LightningModule):
     def open_reference(self) -> AbstractContextManager[CompletionScorer]:
         """Give the frozen reference, in eval mode; also where the loss itself reads none."""
         reference = self.reference or self._start_of_policy()
-        untouched = self._policy_is_untouched()
-        return reference.opened(self.policy, policy_is_untouched=untouched, place=self._placed, load=self._load)
+        untouched = self._policy_is_untouched() and not is_flat(self.policy)  # its weights cannot be read one by one
+        how = {"place": self._placed, "load": self._load, "precision": self.trainer.precision}
+        return reference.opened(self.policy, policy_is_untouched=untouched, **how)
 
     @contextmanager
     def _open_scoring(self) -> Iterator[Callable[[PreferenceBatch], PairLogps]]:
@@ -358,18 +389,24 @@ class PreferenceModule(LightningModule):
 
     # --- hooks ---------------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Check the data's margin column, whichever command it is; the data module has read it by now."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not hasattr(datamodule, "check_column"):
+            return
+        if datamodule.columns.margin is not None and not self.margin.reads_column:
+            raise ConfigError(
+                f"data.columns.margin={datamodule.columns.margin!r} is not used: the margin {self.margin.name} "
+                "does not read a data column; allowed with: column, or reverse and shuffled around it"
+            )
+        with as_one(self.ranks):
+            datamodule.check_margin(self.margin)
+            datamodule.check_column(self.margin)
+
     def on_fit_start(self) -> None:
         """Score the data under the reference and let the margin see the training split."""
         datamodule = self.trainer.datamodule
         if datamodule is not None:
-            if datamodule.columns.margin is not None and not self.margin.reads_column:
-                raise ConfigError(
-                    f"data.columns.margin={datamodule.columns.margin!r} is not used: the margin {self.margin.name} "
-                    "does not read a data column; allowed with: column, or reverse and shuffled around it"
-                )
-            with as_one(self.ranks):
-                datamodule.check_margin(self.margin)
-                datamodule.check_column(self.margin)
             for split, dataset in datamodule.datasets.items():
                 self.attach_reference(dataset, split)
         if self.margin.needs_fit and self.trainer.ckpt_path is None:

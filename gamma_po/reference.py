@@ -29,7 +29,9 @@ ReferenceSource = Literal["cached", "adapters_off", "copy"]
 SOURCES = ("cached", "adapters_off", "copy")
 Place = Callable[[CompletionScorer], CompletionScorer]  # where a model loaded here goes, e.g. shards it
 Load = Callable[[ModelConfig], PreTrainedModel]  # whole, or without weights where `Place` reads them
-AGREEMENT = {True: 1e-4, False: 0.05}  # nats per token; full precision or not
+CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}  # by the trainer
+FULL_AGREEMENT = 1e-4  # nats per token, in full precision
+AGREEMENT, SEQUENCE_AGREEMENT = 0.05, 0.5  # below it: nats per token, and nats per sequence on top
 
 
 def _as_loaded(scorer: CompletionScorer) -> CompletionScorer:
@@ -107,6 +109,7 @@ class Reference(nn.Module):
         policy_is_untouched: bool,
         place: Place = _as_loaded,
         load: Load = load_model,
+        precision: str = "32-true",
     ) -> Iterator[CompletionScorer]:
         """Give the reference as a model in eval mode.
 
@@ -116,6 +119,7 @@ class Reference(nn.Module):
                 are those it started from; a module that was trained before is recognised by its fingerprint.
             place: shards a model loaded for this as the policy is sharded, or leaves it.
             load: loads a model for `place`.
+            precision: the trainer's. One that casts all weights casts these; otherwise they keep the reference's dtype.
         """
         if self.copy is not None:
             yield self.copy
@@ -126,9 +130,10 @@ class Reference(nn.Module):
             with evaluating(policy):
                 yield policy
         else:
-            parameter = next(policy.parameters())
-            loaded = CompletionScorer(load(self.config)).to(parameter.dtype)  # its weights; buffers keep theirs
-            yield place(loaded).to(parameter.device).eval()
+            loaded = CompletionScorer(load(self.config))
+            if precision in CASTS:
+                loaded = loaded.to(CASTS[precision])  # its weights; buffers keep theirs
+            yield place(loaded).to(next(policy.parameters()).device).eval()
 
     def logps(self, batch: PreferenceBatch, policy: CompletionScorer) -> PairLogps:
         """Return the reference's log-probabilities of a batch, [P] each, without gradient.
@@ -150,25 +155,31 @@ class Reference(nn.Module):
 def check_agreement(policy: PairLogps, reference: PairLogps, index: Tensor, *, full_precision: bool) -> None:
     """Before the first step the policy is its own reference: their log-probabilities must agree.
 
+    In full precision 1e-4 nat per token is allowed. Below it, how far a row is filled up and which pairs share its
+    forward decide which kernels run and how they round: one token may be some tenths of a nat off, which only averages
+    out over many. So a completion of n tokens may be 0.05 + 0.5 / n nat per token off.
+
     Args:
         policy: [P] each, in eval mode.
         reference: [P] each.
         index: rows of the pairs in the training split, [P].
-        full_precision: weights and forward in float32: 1e-4 nat per token is allowed, otherwise 0.05.
+        full_precision: weights and forward in float32.
 
     Raises:
         ConfigError: naming the worst pair, how far apart it is, and likely causes.
     """
     chosen = (policy.mean_chosen - reference.mean_chosen).abs()
     rejected = (policy.mean_rejected - reference.mean_rejected).abs()
-    gap = torch.maximum(chosen, rejected)
-    worst = int(gap.argmax())
-    if not float(gap.max()) <= AGREEMENT[full_precision]:
+    gap, lengths = torch.cat([chosen, rejected]), torch.cat([policy.chosen_length, policy.rejected_length])
+    allowed = torch.full_like(gap, FULL_AGREEMENT) if full_precision else AGREEMENT + SEQUENCE_AGREEMENT / lengths
+    worst = int((gap / allowed).argmax())
+    if not bool((gap <= allowed).all()):
         raise ConfigError(
-            f"before the first step, policy and reference differ by {float(gap.max()):.2g} nat per token (pair in row "
-            f"{int(index[worst])} of the training split; allowed {AGREEMENT[full_precision]}). They should be the same "
-            "model. Likely causes: the policy's weights changed after the reference was scored, or the two run in "
-            "different precision or attention; if the reference is meant to differ, set model.reference_model"
+            f"before the first step, policy and reference differ by {float(gap[worst]):.2g} nat per token (pair in row "
+            f"{int(index.repeat(2)[worst])} of the training split, a completion of {int(lengths[worst])} tokens; "
+            f"allowed {float(allowed[worst]):.2g}). They should be the same model. Likely causes: the policy's weights "
+            "changed after the reference was scored, or the two run in different precision or attention; if the "
+            "reference is meant to differ, set model.reference_model"
         )
 
 

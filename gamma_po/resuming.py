@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gamma_po.data.datamodule import PreferenceDataModule
+from gamma_po.data.loader import TokenBatches
 from gamma_po.errors import ConfigError
-from gamma_po.saved import BESIDE_SHARDS, RECORDS, furthest_checkpoint
+from gamma_po.saved import BESIDE_SHARDS, RECORDS, furthest_checkpoint, read_plain
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,11 @@ METHOD = ("loss", "margin", "lora")
 TRAINING = ("optimizer", "schedule", "warmup_ratio", "seed")
 NUMBERS = ("policy", "reference")  # also reference_model: what they are computed from, and how
 PLACES = (".path", ".revision", ".trust_remote_code")  # of a model: moving it changes no number
+SINGLE_FILES = {  # strategies that write shards -> what lets them write single files
+    "ModelParallelStrategy": "trainer.strategy.init_args.save_distributed_checkpoint: false",
+    "FSDPStrategy": "trainer.strategy.init_args.state_dict_type: full",
+}
+SHORT_NAMES = {"fsdp": "FSDPStrategy"}  # Lightning's, of those
 FIXED = "optimizer.class_path"  # its state in the checkpoint belongs to no other
 
 
@@ -42,16 +48,17 @@ def settings_file(path: Path, *, strategy: str, weights_only: bool) -> Path:
     given = f"ckpt_path={str(path)!r}"
     if not (path / BESIDE_SHARDS).is_file():
         raise ConfigError(f"{given} is a folder, but no sharded checkpoint: it holds no {BESIDE_SHARDS}")
-    if "ModelParallelStrategy" not in strategy:
+    written_by = str(read_plain(path / BESIDE_SHARDS, needed=("run",))["run"]["strategy"])
+    single_files = next((option for name, option in SINGLE_FILES.items() if name in written_by), "any other strategy")
+    if written_by not in SHORT_NAMES.get(strategy, strategy):
         raise ConfigError(
-            f"{given} is a sharded checkpoint; allowed with it: trainer.strategy: ModelParallelStrategy. For others, "
-            "write single files: trainer.strategy.init_args.save_distributed_checkpoint: false"
+            f"{given} is a sharded checkpoint; allowed with it: trainer.strategy: {written_by}. For others, "
+            f"write single files: {single_files}"
         )
     if weights_only:
         raise ConfigError(
             f"{given} is a sharded checkpoint, and loading one can run code hidden in it. If you wrote it, add "
-            "--weights_only false. Single files have no such problem: "
-            "trainer.strategy.init_args.save_distributed_checkpoint: false"
+            f"--weights_only false. Single files have no such problem: {single_files}"
         )
     return path / BESIDE_SHARDS
 
@@ -257,6 +264,26 @@ def check_accumulation(trainer: Trainer) -> None:
             "GradientAccumulationScheduler does not work here: the learning rate's schedule would end at another step "
             "than the training, and a run that goes on inside an epoch would take steps of another size; allowed: "
             "trainer.accumulate_grad_batches"
+        )
+
+
+def check_whole_steps(trainer: Trainer) -> None:
+    """Refuse to end epochs inside an optimizer step whose micro-batches have different numbers of pairs.
+
+    Args:
+        trainer: with its training data loaded.
+
+    Raises:
+        ConfigError: pairs of the cut step would weigh more or less than those of others.
+    """
+    batches = getattr(trainer.train_dataloader, "batch_sampler", None)
+    taken, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    cut = isinstance(batches, TokenBatches) and taken < len(batches) and taken % accumulate > 0
+    if cut and not trainer.fast_dev_run:
+        raise ConfigError(
+            f"trainer.limit_train_batches={trainer.limit_train_batches} takes {taken} micro-batches, which ends inside "
+            f"a step of {accumulate}; with data.length_window={batches.window} these have different numbers of pairs; "
+            f"allowed: a multiple of trainer.accumulate_grad_batches={accumulate}, or data.limit_train"
         )
 
 

@@ -7,15 +7,16 @@ from collections.abc import Callable
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gamma_po.attention import SEGMENTS, Segments, attend_in_segments
 from gamma_po.errors import ConfigError
 from gamma_po.layouts import LAYOUTS
 from gamma_po.logps import Logits, TokenLogps, completion_token_logps
+from gamma_po.miniatures import miniature
 from gamma_po.types import ModelInput, PairLogps
 
-LAYERS_IN_SEGMENTS = {"full_attention", "sliding_attention"}
+LAYERS_IN_SEGMENTS, ATTENTION_IN_SEGMENTS = {"full_attention", "sliding_attention"}, ("sdpa", "eager")
 PROBE_LENGTHS = (5, 3, 4)  # of prompt, chosen, rejected
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}  # mean, nats per token
 
@@ -86,8 +87,9 @@ class CompletionScorer(nn.Module):
             model_input.targets,
             head=causal.get_output_embeddings(),
             logits=Logits(
-                _logit_scale(causal.config.get_text_config()) / temperature,
-                getattr(causal.config.get_text_config(), "final_logit_softcapping", None),
+                scale=_logit_scale(causal.config.get_text_config()),
+                softcap=getattr(causal.config.get_text_config(), "final_logit_softcapping", None),
+                temperature=temperature,
             ),
             with_collision=with_collision,
         )
@@ -97,35 +99,60 @@ def check_layout(layout: str, model: PreTrainedModel, attention: str) -> None:
     """Refuse a model or a layout whose log-probabilities would be computed wrongly.
 
     What is known about them comes first. Then both are tried: a short pair is scored, padded and in the layout, and
-    compared with the model's own logits.
+    compared with the model's own logits. That is done with the model, unless its weights are not loaded yet, and with a
+    small random one of its configuration, in which a window of attention is shorter than the pair.
 
     Args:
         layout: name of the layout.
-        model: as loaded, before adapters. Weights on the meta device are not tried.
+        model: as loaded, before adapters.
         attention: attention backend asked for.
 
     Raises:
         ConfigError: naming the reason and the layout that works.
     """
-    in_segments, tried = layout != "padded", not next(model.parameters()).is_meta
-    reason = _why_no_segments(model, attention) if in_segments else None
-    wrong = _differs_from_logits("padded", model) if tried and reason is None else None
-    if wrong is not None:
-        raise ConfigError(f"{model.config.model_type}, as loaded, cannot be scored here: {wrong}")
-    if in_segments and tried and reason is None:
-        reason = _differs_from_logits(layout, model)
+    reason = _why_no_segments(model, attention) if layout != "padded" else None
+    tried = [] if reason is not None else _to_be_tried(model, attention)
+    for candidate in tried:
+        wrong = _differs_from_logits("padded", candidate)
+        if wrong is not None:
+            raise ConfigError(f"{model.config.model_type}, as loaded, cannot be scored here: {wrong}")
+        if layout != "padded":
+            reason = reason or _differs_from_logits(layout, candidate)
     if reason is not None:
         raise ConfigError(f"data.layout={layout} does not work here: {reason}; allowed: padded")
 
 
+def _to_be_tried(model: PreTrainedModel, attention: str) -> list[PreTrainedModel]:
+    """The model, and a small one of its kind, as far as they can run."""
+    small = miniature(model, attention if attention in ATTENTION_IN_SEGMENTS else "eager")
+    given = [] if next(model.parameters()).is_meta else [model]
+    return given if small is None else [*given, small]
+
+
+def steady_positions(config: PretrainedConfig) -> int | None:
+    """Return up to how many positions a sequence's numbers do not depend on the longest one of its forward.
+
+    Rotary embeddings of the types `dynamic` and `longrope` change all their frequencies beyond some length.
+
+    Returns:
+        None where there is no such limit.
+    """
+    text = config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or {}
+    kinds = [given] if "rope_type" in given else [kind for kind in given.values() if isinstance(kind, dict)]
+    limits = [text.max_position_embeddings for kind in kinds if "dynamic" in kind.get("rope_type", "")]
+    limits += [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(limits, default=None)
+
+
 def _why_no_segments(model: PreTrainedModel, attention: str) -> str | None:
     """What is known to keep a model from attending in segments, or None."""
-    other_layers = set(getattr(model.config, "layer_types", None) or []) - LAYERS_IN_SEGMENTS
+    other_layers = set(getattr(model.config.get_text_config(), "layer_types", None) or []) - LAYERS_IN_SEGMENTS
     if other_layers:
         return f"{model.config.model_type} has layers of {', '.join(sorted(other_layers))}"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{model.config.model_type} does not let its attention be exchanged"
-    if attention not in ("sdpa", "eager"):
+    if attention not in ATTENTION_IN_SEGMENTS:
         return f"attention={attention} cannot attend in segments (sdpa and eager can)"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -17,7 +18,7 @@ from gamma_po.errors import ConfigError, require
 from gamma_po.policies import ModelConfig
 from gamma_po.ranks import current_ranks
 from gamma_po.scorer import CompletionScorer
-from gamma_po.weight_files import source_of
+from gamma_po.weight_files import WeightFiles, source_of
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"  # what Lightning calls the dimensions of its mesh
 # Trainer's precision -> what weights are gathered in (None: as they are) and gradients are summed in.
@@ -29,22 +30,23 @@ POLICIES = {
 }
 
 
-def check_sharding(config: ModelConfig, mesh: DeviceMesh, precision: str) -> None:
+def check_sharding(config: ModelConfig, precision: str, *, processes: int, tensor_parallel: int) -> None:
     """Refuse what cannot be sharded, before anything is loaded.
 
     Args:
         config: of the policy or the reference.
-        mesh: of the processes, as Lightning makes it.
         precision: the trainer's.
+        processes: of the run.
+        tensor_parallel: of them, along the mesh's second dimension.
 
     Raises:
         ConfigError: naming the option and what is allowed.
     """
     require(precision in POLICIES, "trainer.precision with ModelParallelStrategy", precision, ", ".join(POLICIES))
-    if mesh[TENSOR].size() > 1:
+    if tensor_parallel > 1:
         raise ConfigError(
-            f"trainer.strategy: tensor_parallel_size={mesh[TENSOR].size()}, weights are sharded over the data-parallel "
-            f"processes only; give tensor_parallel_size: 1 and data_parallel_size: {mesh.size()}"
+            f"trainer.strategy: tensor_parallel_size={tensor_parallel}, weights are sharded over the data-parallel "
+            f"processes only; give tensor_parallel_size: 1 and data_parallel_size: {processes}"
         )
     if config.quantization is not None:
         raise ConfigError(
@@ -76,17 +78,30 @@ def shard(scorer: CompletionScorer, mesh: DeviceMesh, precision: str) -> Complet
     return scorer
 
 
-def _read_own_part(scorer: CompletionScorer) -> None:
-    """Give sharded parameters without memory their part of the weights, a tensor at a time."""
+class EmptyParameter(NamedTuple):
+    """A parameter without memory, and where its weights are."""
+
+    parameter: nn.Parameter
+    places: list[tuple[nn.Module, str]]  # modules that have it, and what they call it; a tied one has several
+    files: WeightFiles
+    inside: str  # its name there
+
+
+def empty_parameters(scorer: CompletionScorer) -> list[EmptyParameter]:
+    """Return the parameters that are not loaded yet (`policies.load_parts`)."""
     source = source_of(scorer)
-    places: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a tied parameter has several
+    found: dict[int, EmptyParameter] = {}
     for prefix, module in scorer.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                places.setdefault(id(parameter), []).append((module, name, f"{prefix}.{name}"))
-    for same in places.values():
-        (module, name, path), *_ = same
-        empty, (files, inside) = module._parameters[name], source[path]
+                one = EmptyParameter(parameter, [], *source[f"{prefix}.{name}"])
+                found.setdefault(id(parameter), one).places.append((module, name))
+    return list(found.values())
+
+
+def _read_own_part(scorer: CompletionScorer) -> None:
+    """Give sharded parameters without memory their part of the weights, a tensor at a time."""
+    for empty, places, files, inside in empty_parameters(scorer):
         assert empty.placements == (Shard(0),)
         mesh = empty.device_mesh
         share = -(-len(empty) // mesh.size())
@@ -96,7 +111,7 @@ def _read_own_part(scorer: CompletionScorer) -> None:
             part, mesh, empty.placements, run_check=False, shape=empty.shape, stride=empty.stride()
         )
         filled = nn.Parameter(tensor, requires_grad=empty.requires_grad)
-        for owner, called, _ in same:
+        for owner, called in places:
             owner._parameters[called] = filled
 
 

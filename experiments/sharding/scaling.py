@@ -69,7 +69,7 @@ class Model:
     def saved_in_block(self, *, lora: bool) -> float:
         """Bytes per token that a block keeps for its backward pass in bfloat16.
 
-        The coefficients are measured: `inspection.cost.saved_bytes` on blocks of five sizes (hidden 256 and 512), of
+        The coefficients are measured: `tests.saved.saved_bytes` on blocks of five sizes (hidden 256 and 512), of
         which they are the exact linear law. tests/integration/test_scaling.py measures them again.
         """
         if lora:  # rank 16

@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from gamma_po.flat_sharding import is_flat, whole_flat_weights, without_wrappers
 from gamma_po.policies import export_policy
 from gamma_po.sharding import whole_weights
 
@@ -35,9 +36,11 @@ class ExportPolicy(Callback):
         folder = trainer.log_dir
         if not self.enabled or folder is None:
             return
-        policy, start = pl_module.policy.model, pl_module.policy_config.adapter
-        weights = whole_weights(policy)
+        scorer, start = pl_module.policy, pl_module.policy_config.adapter
+        policy = scorer.model
+        weights = whole_flat_weights(scorer) if is_flat(scorer) else whole_weights(policy)
         if trainer.is_global_zero:
             name = Path(folder) / "policy"
-            written = export_policy(policy, pl_module.tokenizer, name, start=start, weights=weights)
+            with without_wrappers(policy):
+                written = export_policy(policy, pl_module.tokenizer, name, start=start, weights=weights)
             rank_zero_info(f"policy written to {written}")

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gamma_po.flat_sharding import is_flat, norm_of_all
 from gamma_po.ranks import as_one, current_ranks
 from gamma_po.types import LossOutput
 
@@ -57,6 +58,7 @@ class NonFiniteGuard(Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         norm = torch.zeros(()) if scaled else _gradient_norm(optimizer)
         norm = norm.to(pl_module.device)
+        norm = norm_of_all(norm) if is_flat(pl_module.policy) else norm
         checks = [seen.values.isfinite().all() for seen in window] + [norm.isfinite()]
         *pairs_finite, gradient_finite = torch.stack(checks).tolist()
         step = trainer.global_step + 1

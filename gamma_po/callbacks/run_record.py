@@ -19,6 +19,7 @@ from rich.text import Text
 
 from gamma_po.commit import source_commit
 from gamma_po.files import write_text
+from gamma_po.flat_sharding import parameter_counts
 from gamma_po.margins.base import strength
 
 PACKAGES = (
@@ -144,6 +145,5 @@ def data_counts(trainer: Trainer) -> dict[str, float]:
 
 def trainable_share(module: LightningModule) -> str:
     """Return how many parameters train, of how many."""
-    total = sum(parameter.numel() for parameter in module.policy.parameters())
-    trainable = sum(parameter.numel() for parameter in module.policy.parameters() if parameter.requires_grad)
+    trainable, total = parameter_counts(module.policy)
     return f"training {trainable:,} of {total:,} parameters"

@@ -14,13 +14,15 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from rich.console import Console
 
 from gamma_po.callbacks.samples import Samples
 from gamma_po.cli import PreferenceCLI
 from gamma_po.data.sources import iterate_rows
 from gamma_po.errors import ConfigError, DataError, require
+from gamma_po.files import DISK_ADVICE, disk_refuses
+from gamma_po.flat_sharding import check_flat_sharding
 from gamma_po.inspection.cost import Memory, free_memory, parameter_bytes
 from gamma_po.inspection.dry_run import DryRun, longest_last, memory_findings, reference_scorer
 from gamma_po.inspection.findings import Finding, blocking, verdict
@@ -106,6 +108,11 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError, MisconfigurationException, FloatingPointError) as error:
         sys.stderr.write(f"error: {error}\n")
         return REFUSED
+    except OSError as error:
+        if not disk_refuses(error):
+            raise
+        sys.stderr.write(f"stopped: {error}; {DISK_ADVICE}\n")
+        return REFUSED
     except SystemExit as end:  # the parser has said what is wrong, or printed its help
         return REFUSED if end.code else 0
     except KeyboardInterrupt:
@@ -124,6 +131,7 @@ def inspect_run(cli: PreferenceCLI, console: Console) -> list[Finding]:
     began = time.perf_counter()
     options: InspectOptions = cli._get(cli.config_init, "inspect")
     module, datamodule, trainer = cli.model, cli.datamodule, cli.trainer
+    check_strategy(module, trainer)
     console.print(facts_table("the loss", loss_rows(module)))
     total = read_data(datamodule, module, trainer, options)
     for callback in trainer.callbacks:
@@ -143,6 +151,26 @@ def inspect_run(cli: PreferenceCLI, console: Console) -> list[Finding]:
     console.print(verdict(findings))
     console.print(f"inspected in {duration(time.perf_counter() - began)}; no run was started")
     return findings
+
+
+def check_strategy(module: Any, trainer: Trainer) -> None:
+    """Refuse what the run's processes would refuse when they share the weights.
+
+    Raises:
+        ConfigError: the policy or the reference cannot be sharded so.
+    """
+    strategy, module.trainer = trainer.strategy, trainer
+    if isinstance(strategy, FSDPStrategy):
+        for config in module.model_configs:
+            check_flat_sharding(config, strategy, trainer.precision, processes=trainer.world_size)
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    processes, tensor, data = trainer.world_size, strategy._tensor_parallel_size, strategy._data_parallel_size
+    tensor = strategy.num_processes if tensor == "auto" else tensor  # as Lightning decides it once the run starts
+    data = strategy.num_nodes if data == "auto" else data
+    module.check_sharding(processes=processes, tensor_parallel=tensor)
+    allowed = f"{processes}, the number of all processes"
+    require(data == processes, "trainer.strategy.data_parallel_size", data, allowed)
 
 
 def sharing_processes(trainer: Trainer) -> int:
@@ -201,7 +229,7 @@ def read_data(datamodule: Any, module: Any, trainer: Trainer, options: InspectOp
 
     A large training set is read in part; then the number is an estimate.
     """
-    trainer.datamodule, datamodule.trainer, module.trainer = datamodule, trainer, trainer
+    trainer.datamodule, datamodule.trainer = datamodule, trainer
     datamodule.tokenizer = module.tokenizer
     source = datamodule.sources["train"]
     if source is None:
@@ -259,7 +287,7 @@ def show_cost(
         console: where to print.
     """
     module, datamodule, shared_by = dry.module, dry.datamodule, sharing_processes(dry.module.trainer)
-    memory, step = dry.memory(), None
+    memory, step = dry.memory(planned, free, shared_by=shared_by), None
     if memory.total <= free:
         step = dry.seconds_per_step(seed=datamodule.seed, seconds=options.seconds)
     title = "memory at the peak of a step, estimated"

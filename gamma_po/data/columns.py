@@ -38,6 +38,8 @@ class Columns:
         chosen: the better completion: text, one assistant message, or the whole conversation.
         rejected: the worse completion.
         system: a system message to put before the prompt, where the row has such a column; null to leave it unread.
+        tools: descriptions of the tools that the assistant may call, part of the prompt, where the row has such a
+            column: a list of objects, or the same as JSON text; null to leave it unread.
         margin: a finite number to carry along with each pair (e.g. a rating gap), or a list of scores, of which
             the best minus the worst is taken; null for none.
         margin_minus: a column to subtract from `margin`: the rejected completion's rating where `margin` is the
@@ -53,6 +55,7 @@ class Columns:
     chosen: str = "chosen"
     rejected: str = "rejected"
     system: str | None = "system"
+    tools: str | None = "tools"
     margin: str | None = None
     margin_minus: str | None = None
     format: Format = "auto"
@@ -82,8 +85,6 @@ def recognise(row: Row, columns: Columns) -> tuple[Row, Columns]:
     """
     if columns.format == "plain":
         return row, columns
-    if row.values.get("tools"):
-        raise DataError(f"{row.location}: column 'tools': descriptions of tools are not rendered{PLAIN}")
     row, columns = _find_completions(row, columns)
     return _find_prompt(row, columns)
 

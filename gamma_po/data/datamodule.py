@@ -208,21 +208,41 @@ class PreferenceDataModule(LightningDataModule):
                 pairs, texts = self._splits[split].pairs, self.preferences[split]
                 check_vocabulary(pairs, self.tokenizer, num_embeddings, lambda place, of=texts: of[place].location)
 
+    def check_positions(self, limit: int) -> None:
+        """Refuse pairs beyond the position from which on a model's numbers depend on the longest row of a forward.
+
+        Raises:
+            ConfigError: naming the longest pair and the limit.
+        """
+        for split, read in self._splits.items():
+            widths = TokenCosts.of(read.pairs, "padded").widths
+            row = max(range(len(widths)), key=widths.__getitem__)
+            if widths[row] > limit:
+                raise ConfigError(
+                    f"{self.preferences[split][row].location}: the pair takes {widths[row]} positions; beyond {limit} "
+                    "the model's rotary embedding changes with the longest sequence of a forward, and a pair's "
+                    "log-probabilities with what stands beside it; allowed: data.tokenization.max_length of at most "
+                    f"{limit}"
+                )
+
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches that resume exactly."""
         ranks = current_ranks()
         dataset = self._with_reference("train")
-        common = {"seed": self.seed, "rank": ranks.rank, "world_size": ranks.world_size}
-        if self.length_window is None:
-            batches = ShuffledBatches(len(dataset), self.batch_size, **common)
-        else:
-            costs, accumulate = TokenCosts.of(dataset.pairs, self.layout), _accumulation(self.trainer)
-            common |= {"accumulate": accumulate, "window": self.length_window}
-            batches = TokenBatches(costs, self.batch_size, **common)
+        batches = self.training_batches(ranks.rank, ranks.world_size)
         resume = getattr(getattr(self.trainer, "lightning_module", None), "resume", "exact")
         accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
         position = {"resume": resume, "accumulate": accumulate}
         return ResumableLoader(dataset, batch_sampler=batches, **position, **self._loader_options())
+
+    def training_batches(self, rank: int, world_size: int) -> ShuffledBatches:
+        """Return the rows of each micro-batch of one process, in the order of training."""
+        dataset = self.datasets["train"]
+        common = {"seed": self.seed, "rank": rank, "world_size": world_size}
+        if self.length_window is None:
+            return ShuffledBatches(len(dataset), self.batch_size, **common)
+        costs, accumulate = TokenCosts.of(dataset.pairs, self.layout), _accumulation(self.trainer)
+        return TokenBatches(costs, self.batch_size, accumulate=accumulate, window=self.length_window, **common)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every validation pair once, in order; nothing where no validation data is set."""
@@ -286,15 +306,21 @@ class PreferenceDataModule(LightningDataModule):
             raise DataError(
                 f"{self.preferences[split][row].location}: the pair alone takes {costs.total([row])} tokens in the "
                 f"{self.layout} layout, data.max_tokens_per_forward={limit} is less; raise it, or lower "
-                "data.tokenization.max_prompt_length or max_completion_length"
+                "data.tokenization.max_prompt_length, max_completion_length or max_length"
             )
 
     def check_margin(self, margin: Margin) -> None:
-        """Refuse label noise under a margin that takes no negative number; the data need not be there.
+        """Refuse a margin that needs a column where none is named, and label noise where it takes no negative number.
+
+        The data need not be there.
 
         Raises:
-            ConfigError: it would turn the sign of numbers whose logarithm is taken.
+            ConfigError: there is no column, or noise would turn the sign of numbers whose logarithm is taken.
         """
+        if margin.reads_column and self.columns.margin is None:
+            raise ConfigError(
+                f"data.columns.margin is not set; the margin {margin} needs it: a column with a number per pair"
+            )
         refuses_negative = margin.check_column(torch.tensor([-1.0])) is not None
         allowed = (
             f"0 with the margin {margin}, as a flipped label turns the sign of the margin column, which must be > 0 "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -85,9 +85,10 @@ class Encoder:
             frame = self._frame(prompt, location)
             return self._chat_text(prompt, None, location) + frame.before_answer
         if not isinstance(prompt, str):
+            has = "has tools" if "tools" in prompt[0] else "is a conversation"
             raise DataError(
-                f"{location}: the prompt is a conversation, which needs a chat template; allowed: "
-                "data.tokenization.template: auto with a tokenizer that has one, or prompts of plain text"
+                f"{location}: the prompt {has}, which needs a chat template; allowed: data.tokenization.template: auto "
+                "with a tokenizer that has one, or prompts of plain text"
             )
         return prompt
 
@@ -149,6 +150,7 @@ class Encoder:
             (turn["role"], bool(turn["content"]), len(turn.get("tool_calls", ())), *(key in turn for key in OF_A_TOOL))
             for turn in turns
         )
+        shape += ((len(turns[0].get("tools", ())),),)
         if shape not in self._frames:
             self._frames[shape] = self._find_frame(turns, location)
         return self._frames[shape]
@@ -160,6 +162,12 @@ class Encoder:
         self._find_form_of_arguments(messages, location)
         head = self._chat_text(messages, None, location)
         whole = self._chat_text(messages, "markofanswer", location)
+        if any(tool["function"]["name"] not in head for tool in messages[0].get("tools", ())):
+            raise DataError(
+                f"{location}: the chat template has no place for descriptions of tools in a conversation with the "
+                f"roles {', '.join(roles)}; allowed: a template that writes them, or columns.tools: null, which "
+                "leaves them unread"
+            )
         lost = [f"{message['role']} message" for message in messages if message["content"] not in head]
         lost += [
             "calls of tools"
@@ -282,7 +290,16 @@ def _marked(message: Message, mark: str) -> Message:
         for k, call in enumerate(message.get("tool_calls", ()))
     ]
     marked = {**message, "content": mark if message["content"] or not calls else ""}
+    if "tools" in message:
+        marked["tools"] = [_marked_tool(f"tool{k}ofmarks") for k, _ in enumerate(message["tools"])]
     return {**marked, "tool_calls": calls} if calls else marked
+
+
+def _marked_tool(mark: str) -> dict[str, Any]:
+    """A description of a tool with all that templates may ask for."""
+    argument = {"type": "string", "description": f"{mark}argument"}
+    parameters = {"type": "object", "properties": {"argument": argument}, "required": ["argument"]}
+    return {"type": "function", "function": {"name": mark, "description": f"{mark}does", "parameters": parameters}}
 
 
 def _rendered(text: str, frame: _Frame, bos: str) -> str | None:

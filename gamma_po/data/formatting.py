@@ -15,6 +15,7 @@ from gamma_po.data.columns import Columns, UselessPair, missing, number, recogni
 from gamma_po.data.messages import (
     Message,
     Prompt,
+    described_tools,
     is_transcript,
     is_written_out,
     message_texts,
@@ -45,7 +46,7 @@ def to_preference(row: Row, columns: Columns) -> Preference:
 
     Understood: a prompt (text or messages) with completions that are text or one assistant message; whole
     conversations as chosen and rejected, which must agree up to their last message, an assistant's. A prompt
-    of text beside whole conversations must be one of their messages. Messages are those of
+    of text beside whole conversations must be one of their messages. Messages and tools are those of
     `gamma_po.data.messages`; other columns than the named ones are found by `gamma_po.data.columns.recognise`.
 
     Raises:
@@ -73,7 +74,7 @@ def to_preference(row: Row, columns: Columns) -> Preference:
     if not isinstance(prompt, str):
         _check_prompt_turns(row, prompt)
     return Preference(
-        prompt=prompt,
+        prompt=_with_tools(row, columns, prompt),
         chosen=_completion(row, columns.chosen, chosen),
         rejected=_completion(row, columns.rejected, rejected),
         column=number(row, columns),
@@ -176,7 +177,7 @@ def chat_text(prompt: Prompt, completion: str | None, tokenizer: PreTrainedToken
     """Render a conversation with the tokenizer's chat template.
 
     Args:
-        prompt: text (one user message) or messages.
+        prompt: text (one user message) or messages, the first of which may carry tools.
         completion: the assistant's answer; None for the prompt alone, up to where an answer would begin.
         tokenizer: has a chat template.
         location: the row, for errors.
@@ -185,10 +186,13 @@ def chat_text(prompt: Prompt, completion: str | None, tokenizer: PreTrainedToken
         DataError: the template refuses the conversation, or cannot join its parts to text.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    tools = messages[0].get("tools")
+    messages[0] = {key: value for key, value in messages[0].items() if key != "tools"}
     if completion is not None:
         messages.append({"role": "assistant", "content": completion})
+    begins = completion is None
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=completion is None)
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=begins)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"{location}: the chat template refuses the conversation: {error}") from error
 
@@ -265,6 +269,16 @@ def _with_system(row: Row, columns: Columns, prompt: Prompt) -> Prompt:
             "`data.columns.system: null` would leave the column unread"
         )
     return (system, *turns)
+
+
+def _with_tools(row: Row, columns: Columns, prompt: Prompt) -> Prompt:
+    """The prompt whose first message carries the tools of a column of its own, if there are any."""
+    value = None if columns.tools is None else row.values.get(columns.tools)
+    tools = described_tools(value, f"{row.location}: column {columns.tools!r}")
+    if not tools:
+        return prompt
+    first, *others = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    return ({**first, "tools": tools}, *others)
 
 
 def _check_prompt_turns(row: Row, prompt: Sequence[Message]) -> None:

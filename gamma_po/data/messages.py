@@ -9,7 +9,8 @@ from typing import Any
 from gamma_po.data.sources import json_kind
 from gamma_po.errors import DataError
 
-Message = dict[str, Any]  # role, content; of an assistant perhaps tool_calls, of a tool perhaps name, tool_call_id
+# role, content; an assistant's perhaps tool_calls, a tool's perhaps name and tool_call_id; the first one perhaps tools
+Message = dict[str, Any]
 Prompt = str | tuple[Message, ...]  # plain text, or a conversation that does not end with the assistant
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -18,7 +19,8 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant", "observation": "tool", "tool": "tool",
 }  # fmt: skip
 CALLER = "function_call"  # the role in which ShareGPT files write a call of a tool
-UNSUPPORTED_KEYS = ("function_call", "reasoning_content")
+UNSUPPORTED_KEYS = ("function_call", "reasoning_content", "reasoning", "thinking")
+DEEPEST = 100  # levels of objects and lists in a tool; templates and JSON give up somewhere beyond
 OF_A_TOOL = ("name", "tool_call_id")
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
@@ -121,10 +123,75 @@ def _message(item: Any, where: str) -> Message:
 
 
 def message_texts(message: Message) -> list[str]:
-    """Return all that a message says: its content, and the names and arguments of the tools it calls."""
+    """Return all that a message says: tools, its content, and the names and arguments of the tools it calls."""
+    tools = [json.dumps(tool, ensure_ascii=False) for tool in message.get("tools", ())]
     calls = [call["function"] for call in message.get("tool_calls", ())]
     said = [(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls]
-    return [message["content"], *(text for texts in said for text in texts)]
+    return [*tools, message["content"], *(text for texts in said for text in texts)]
+
+
+def described_tools(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return descriptions of tools as chat templates expect them, none where the value is empty.
+
+    Keys that hold null are left out: Parquet puts them into objects that did not have them.
+
+    Args:
+        value: of a column: objects with a name, by themselves or each as the `function` of another; or their JSON text.
+        where: row and column, for errors.
+
+    Raises:
+        DataError: it is something else; says what was found and what is allowed.
+    """
+    empty = value is None or (isinstance(value, str) and value.strip() in ("", "null"))
+    tools = [] if empty else _loaded(value)
+    if not isinstance(tools, list | tuple):
+        raise DataError(
+            f"{where} must hold a list of descriptions of tools, or its JSON text, found {_shown(value)}; a "
+            "column that means something else is left unread with columns.tools: null"
+        )
+    return [_tool(tool, f"{where}, tool {position}") for position, tool in enumerate(tools, start=1)]
+
+
+def _tool(tool: Any, where: str) -> dict[str, Any]:
+    found = _loaded(tool)
+    function = (found.get("function") or found) if isinstance(found, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise DataError(
+            f"{where}: the description of a tool needs a name, found {_shown(tool)}; a column that means something "
+            "else is left unread with columns.tools: null"
+        )
+    _check_json(function, where)
+    return {"type": "function", "function": _without_nulls(function)}
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuse what a file can hold and a chat template cannot write: a date, NaN, hundreds of levels."""
+    if _depth(value) > DEEPEST:
+        raise DataError(f"{where}: objects and lists in one another; allowed: {DEEPEST} levels")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: the name, description and arguments of a tool must be JSON: {error}") from error
+
+
+def _depth(value: Any) -> int:
+    """Return how many levels of objects and lists there are, without recursion."""
+    depth, level = 0, [value]
+    while level := [inner for inner in level if isinstance(inner, dict | list | tuple)]:
+        depth += 1
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return depth
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without those keys of its objects, at any depth, that hold null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)[:80]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -135,9 +202,9 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     arguments = _loaded(found.get("arguments"))
     if not isinstance(found.get("name"), str) or not isinstance(arguments, dict):
         raise DataError(
-            f"{where}: a call of a tool needs a name and arguments (an object, or its JSON text), found "
-            f"{json.dumps(call, default=str)[:80]}"
+            f"{where}: a call of a tool needs a name and arguments (an object, or its JSON text), found {_shown(call)}"
         )
+    _check_json(arguments, where)
     known = {"id": call["id"]} if isinstance(call, dict) and isinstance(call.get("id"), str) else {}
     return {"type": "function", **known, "function": {"name": found["name"], "arguments": arguments}}
 

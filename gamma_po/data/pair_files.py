@@ -36,7 +36,7 @@ from gamma_po.progress import track
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the file's layout and of what becomes of a row: raise it when either changes
+VERSION = 4  # of the file's layout and of what becomes of a row: raise it when either changes
 ROWS_AT_ONCE = 512
 IDS = pa.large_list(pa.int32())
 SCHEMA = pa.schema(
@@ -199,6 +199,7 @@ def prompt_key(prompt: Prompt) -> int:
     turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
     calls = [[turn["tool_calls"]] if turn.get("tool_calls") else [] for turn in turns]
     parts = [[turn["role"], turn["content"].strip(), *called] for turn, called in zip(turns, calls, strict=True)]
+    parts += [["tools", turn["tools"]] for turn in turns if "tools" in turn]
     return text_key(json.dumps(parts))
 
 

@@ -6,7 +6,8 @@ order or subset it stands; β, margins, learning rates, label noise and batch si
 
 Two things that are no part of it change the last digits all the same: how far a pair's row was filled up, and which
 pairs shared its forward, because that decides which kernels run. In float32 these are rounding errors; in bfloat16 they
-reach some hundredths of a nat per sequence, as they do between any two batch sizes of the policy itself. A cache is
+reach some tenths of a nat per sequence, also in a sequence of one token, as they do between any two batch sizes of the
+policy itself. Per token they average out: some thousandths of a nat in sequences of a hundred tokens. A cache is
 filled with the batch size in force at the time and not again for another. An interrupted scoring continues at a
 whole round of batches, so that with the same settings its numbers are those of one that was not interrupted.
 """

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from gamma_po.data.encoding import EncodedPair, Encoder
 from gamma_po.data.formatting import Preference
 from gamma_po.data.messages import Prompt
-from gamma_po.errors import DataError, require
+from gamma_po.errors import ConfigError, DataError, require
 from gamma_po.progress import track
 
 Template = Literal["auto", "chat", "text"]
@@ -52,7 +52,13 @@ class Tokenization:
             itself puts in front of a text and its end-of-sequence token; "auto" is chat where the tokenizer
             has a template, otherwise text.
         max_prompt_length: tokens, >= 1. Longer prompts lose tokens on the left, but keep a leading BOS.
-        max_completion_length: tokens, >= 1. Longer completions lose tokens on the right, and thus their EOS.
+        max_completion_length: tokens, >= 1. Longer completions lose tokens on the right, and thus their EOS. May be
+            null with `max_length`, which then alone limits them.
+        max_length: tokens of prompt and completion together, > `max_prompt_length`; null for no such limit. Behind a
+            prompt that has n tokens after its own cut, both completions keep their first `max_length - n`.
+            The published γ-SimPO and SimPO runs have 2048, with prompts of 1800, under other rules: they cut a prompt
+            only where it and the longer completion exceed `max_length` together, and if these still do, both
+            completions keep `max_length - max_prompt_length` tokens, however short the prompt is.
         overlong: cut what is longer, drop the pair, or stop.
 
     Raises:
@@ -61,16 +67,40 @@ class Tokenization:
 
     template: Template = "auto"
     max_prompt_length: int = 512
-    max_completion_length: int = 512
+    max_completion_length: int | None = 512
+    max_length: int | None = None
     overlong: Overlong = "truncate"
 
     def __post_init__(self) -> None:
         for name, allowed in {"template": get_args(Template), "overlong": get_args(Overlong)}.items():
             value = getattr(self, name)
             require(value in allowed, f"data.tokenization.{name}", value, ", ".join(allowed))
-        for name in ("max_prompt_length", "max_completion_length"):
-            value = getattr(self, name)
-            require(value >= 1, f"data.tokenization.{name}", value, "an integer >= 1")
+        prompt, completion, both = self.max_prompt_length, self.max_completion_length, self.max_length
+        require(prompt >= 1, "data.tokenization.max_prompt_length", prompt, "an integer >= 1")
+        possible = both is not None if completion is None else completion >= 1
+        allowed = "an integer >= 1, or null with data.tokenization.max_length"
+        require(possible, "data.tokenization.max_completion_length", completion, allowed)
+        allowed = f"an integer > data.tokenization.max_prompt_length={prompt}, or null"
+        require(both is None or both > prompt, "data.tokenization.max_length", both, allowed)
+        if both is not None and completion is not None and both >= prompt + completion:
+            raise ConfigError(
+                f"data.tokenization.max_length={both} cuts nothing, as prompts have at most {prompt} tokens and "
+                f"completions {completion}; allowed: less than {prompt + completion}, or max_completion_length: null"
+            )
+
+    def room(self, prompt: int) -> int:
+        """Return how many tokens a completion may have.
+
+        Args:
+            prompt: tokens of its prompt, before that is cut.
+
+        >>> limits = Tokenization(max_prompt_length=8, max_completion_length=5, max_length=10)
+        >>> [limits.room(prompt) for prompt in (2, 7, 8, 9)]
+        [5, 3, 2, 2]
+        """
+        kept = min(prompt, self.max_prompt_length)
+        limits = (self.max_completion_length, None if self.max_length is None else self.max_length - kept)
+        return min(limit for limit in limits if limit is not None)
 
 
 def tokenize_preferences(
@@ -251,13 +281,14 @@ def _fit(
     if ids.marked:
         counts["dropped_marker_inside"] += 1
         return None
-    most = options.max_completion_length
+    most = options.room(len(ids.prompt))
     limits = {"prompt": options.max_prompt_length, "chosen": most, "rejected": most}
     lengths = {name: len(part) for name, part in zip(limits, ids[:3], strict=True)}
     too_long = [name for name, length in lengths.items() if length > limits[name]]
     if too_long and options.overlong == "error":
         found = ", ".join(f"{name} has {lengths[name]} of {limits[name]}" for name in too_long)
-        raise DataError(f"{pair.location}: too long: {found} tokens; {LONGER}")
+        both = "" if most == options.max_completion_length else f", with max_length={options.max_length} for both"
+        raise DataError(f"{pair.location}: too long: {found} tokens{both}; {LONGER}")
     if too_long and options.overlong == "drop":
         counts["dropped_overlong"] += 1
         return None

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gamma_po.inspection.live import Counted, LiveBytes
 from gamma_po.logps import CHUNK_ELEMENTS
 from gamma_po.types import ModelInput
 
-LIBRARIES = 150 * 2**20  # loaded by `fit` after its start, on a CPU; measured
-HELD_BACK = 0.15  # of what comes and goes in a step; measured on a CPU
+LIBRARIES = 90 * 2**20  # loaded by `fit` after its start, on a CPU; measured by experiments/benchmarks/memory.py
+# Of what a step makes and drops: holes in a CPU's heap. Measured, 0.03 to 0.8; no law was found, this is in between.
+HELD_BACK = 0.2
 PROBE = 64  # rows and columns of the parameter on which an optimizer's state is measured
 CGROUP = Path("/sys/fs/cgroup")
 SHARED = ("weights", "reference", "gradients", "optimizer")  # divided by FSDP2
@@ -27,11 +29,11 @@ class Memory(NamedTuple):
 
     weights: int
     reference: int  # a copy kept in memory
-    gradients: int
-    optimizer: int
-    activations: int  # what the backward pass needs, for the longest micro-batch
-    head: int  # one chunk of logits and their gradient
-    around: int  # what allocators hold back, and on a CPU the libraries that a run loads: `around_bytes`
+    gradients: int  # that are there at this moment
+    optimizer: int  # its state
+    activations: int  # what the step makes and drops again, as far as it is there at this moment
+    head: int  # one chunk of logits and their gradient, where they are not counted with the activations
+    around: int  # on a CPU, what malloc holds back and the libraries that a run loads: `around_bytes`
     gathered: int = 0  # weights of the other processes, where these share them
 
     @property
@@ -58,45 +60,73 @@ def optimizer_bytes(factory: Callable[[list[Tensor]], Optimizer], trainable: Seq
     """Bytes of the optimizer's state: measured on a small matrix of the same dtype, scaled to all parameters."""
     if not trainable:
         return 0
-    probe = nn.Parameter(torch.zeros(PROBE, PROBE, dtype=trainable[0].dtype))
+    probe = _probe(trainable[0])
     optimizer = factory([probe])
-    probe.grad = torch.ones_like(probe)
     optimizer.step()
     tensors = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor) and value.ndim]
     per_element = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / probe.numel()
     return int(per_element * sum(parameter.numel() for parameter in trainable))
 
 
-def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that a forward pass keeps for its backward pass, the parameters themselves aside."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+def optimizer_step_bytes(factory: Callable[[list[Tensor]], Optimizer], trainable: Sequence[nn.Parameter]) -> int:
+    """Bytes that an optimizer's step makes and drops again: counted on one and on two small matrices.
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    del output  # alive until here: what is kept is in its graph, and no address is used twice
-    return sum(kept.values())
+    Some optimizers go through the parameters one by one (what counts is the largest), some take all at once.
+    """
+    if not trainable:
+        return 0
+    one, two = (_step_bytes(factory, trainable[0], number) / PROBE**2 for number in (1, 2))
+    of_all = two - one
+    numbers = [parameter.numel() for parameter in trainable]
+    return int(of_all * sum(numbers) + (one - of_all) * max(numbers))
 
 
-def at_batch_size(longest: int, one: int, two: int, num_pairs: int) -> int:
-    """Bytes for a micro-batch of long pairs: a part that stays, and one per pair.
+def _step_bytes(factory: Callable[[list[Tensor]], Optimizer], like: nn.Parameter, number: int) -> int:
+    probes = [_probe(like) for _ in range(number)]
+    optimizer = factory(probes)
+    optimizer.step()  # makes the state
+    with LiveBytes() as live:
+        optimizer.step()
+    return live.mark()
+
+
+def _probe(like: nn.Parameter) -> nn.Parameter:
+    """A small matrix with a gradient, of the same dtype and device; on the CPU where there are only shapes."""
+    device = "cpu" if like.is_meta else like.device
+    probe = nn.Parameter(torch.zeros(PROBE, PROBE, dtype=like.dtype, device=device))
+    probe.grad = torch.ones_like(probe)
+    return probe
+
+
+def at_peak(
+    held: Memory, counted: Counted, step: int, *, accumulates: bool, shared_by: int, device: torch.device
+) -> Memory:
+    """Return what is held at the moment of a step at which it is most.
+
+    Activations and gradients are not all there at one time: the backward pass drops the ones and makes the others,
+    and the optimizer comes behind it. In the forward pass the gradients of the step before are still there.
+
+    A CPU's malloc keeps blocks of less than 32 MiB for the process when they are dropped. So there the process is taken
+    to grow to all gradients and, beside them, the most of the rest.
 
     Args:
-        longest: bytes for one long pair.
-        one, two: for one and for two short pairs, which tell what stays and take little time.
-        num_pairs: of the micro-batch.
-
-    >>> at_batch_size(30, 10, 14, 8)  # 6 stay
-    198
+        held: what stays, with all gradients.
+        counted: of the micro-batch.
+        step: that the optimizer's step makes and drops.
+        accumulates: a step has several micro-batches, so that gradients are there throughout.
+        shared_by: processes that share the gradients.
+        device: of the run.
     """
-    stays = min(longest, max(0, 2 * one - two))
-    return stays + num_pairs * (longest - stays)
+    there = held.gradients if accumulates else 0
+    moments = [(held.gradients, counted.most[0]), (held.gradients, step)]
+    for most, arrived in zip(counted.most[1:], counted.arrived[1:], strict=True):
+        moments.append((there + arrived, most - arrived))
+    gradients, passing = max(moments, key=lambda moment: moment[0] / shared_by + moment[1])
+    around = around_bytes(passing, device)
+    if device.type == "cpu":
+        apart = max(step, *(most - arrived for most, arrived in zip(counted.most, counted.arrived, strict=True)))
+        around = around_bytes(apart, device) + (held.gradients - gradients) // shared_by + apart - passing
+    return held._replace(gradients=gradients, activations=passing, around=around)
 
 
 def head_bytes(model_input: ModelInput, num_pairs: int, vocab_size: int, itemsize: int) -> int:
@@ -113,13 +143,16 @@ def head_bytes(model_input: ModelInput, num_pairs: int, vocab_size: int, itemsiz
 
 
 def around_bytes(passing: int, device: torch.device) -> int:
-    """Bytes that a process takes beside what a step needs.
+    """Bytes that a process takes beside what a step needs: libraries, and holes between blocks, on a CPU.
+
+    With `MALLOC_MMAP_THRESHOLD_=131072` in the environment there are no holes. On a GPU what is counted is what is
+    allocated; the context is there before free memory is looked at, and the allocator's holes are not counted.
 
     Args:
-        passing: activations and logits, which come and go.
-        device: libraries count where they lie in the same memory.
+        passing: what a step makes and drops.
+        device: of the run.
     """
-    return int(HELD_BACK * passing) + (LIBRARIES if device.type == "cpu" else 0)
+    return int(HELD_BACK * passing) + LIBRARIES if device.type == "cpu" else 0
 
 
 def timed(step: Callable[[], object], device: torch.device, *, seconds: float, most: int) -> float:

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import count, cycle, islice
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gamma_po.data.batching import TokenCosts
 from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.data.dataset import Example, PairDataset
+from gamma_po.data.loader import ShuffledBatches
 from gamma_po.forwards import score
 from gamma_po.inspection.cost import (
     Memory,
     around_bytes,
-    at_batch_size,
-    head_bytes,
+    at_peak,
     optimizer_bytes,
+    optimizer_step_bytes,
     parameter_bytes,
-    saved_bytes,
     timed,
 )
 from gamma_po.inspection.findings import Finding
+from gamma_po.inspection.live import Counted, count_step
 from gamma_po.inspection.reference_accuracy import as_examples, sample_order
+from gamma_po.inspection.sections import Plan
 from gamma_po.inspection.show import size
 from gamma_po.module import PreferenceModule
 from gamma_po.policies import evaluating
 from gamma_po.types import PairLogps, PreferenceBatch
 
 TIMED_STEPS = 4
+LOOKED_AT = 20_000  # micro-batches of a process, at most
 TIGHT = 0.9  # share of the free memory
 
 
@@ -51,6 +55,36 @@ def reference_scorer(module: PreferenceModule) -> Iterator[Callable[[PreferenceB
 def longest_last(dataset: PairDataset) -> list[int]:
     """Return the rows by the tokens of their pairs."""
     return sorted(range(len(dataset)), key=lambda i: sum(len(part) for part in dataset.pairs[i][:3]))
+
+
+def most_tokens(datamodule: PreferenceDataModule, costs: TokenCosts, planned: Plan) -> int:
+    """Return the tokens, padding included, of the largest forward of a run: its order is known beforehand.
+
+    Args:
+        datamodule: set up.
+        costs: of the training pairs.
+        planned: how many micro-batches there will be.
+    """
+    limit, most = datamodule.max_tokens_per_forward, 0
+    seen = len(costs.widths)
+    if seen < planned.processes * datamodule.batch_size:  # so few were looked at: as if the longest met in one batch
+        longest = sorted(range(seen), key=lambda row: costs.widths[row], reverse=True)
+        rows = list(islice(cycle(longest), datamodule.batch_size))
+        return max(map(costs.total, [rows] if limit is None else costs.within(rows, limit)))
+    micro_batches = min(planned.steps * planned.accumulate, LOOKED_AT)
+    for rank in range(planned.processes):
+        batches = datamodule.training_batches(rank, planned.processes)
+        for rows in islice(_rows_of_all_epochs(batches), micro_batches):
+            parts = [rows] if limit is None else costs.within(rows, limit)
+            most = max(most, *map(costs.total, parts))
+    return most
+
+
+def _rows_of_all_epochs(batches: ShuffledBatches) -> Iterator[list[int]]:
+    for epoch in count():
+        batches.set_epoch(epoch)
+        for slots in batches:
+            yield [slot.index for slot in slots]
 
 
 class DryRun:
@@ -80,38 +114,61 @@ class DryRun:
         """
         module = self.module
         with module.precision_context():
-            policy = score(module.policy, batch)
             if module.reference is not None and module.reference.source != "cached":
                 module.reference.logps(batch, module.policy)
+            policy = score(module.policy, batch)
         return -functional.logsigmoid(policy.margin).mean()
 
-    def memory(self) -> Memory:
-        """Measure and estimate the peak of a training step with the longest pairs."""
+    def memory(self, planned: Plan, free: int, *, shared_by: int = 1) -> Memory:
+        """Estimate the peak of a training step in the micro-batch that takes most of all that the run will have.
+
+        A step of the shortest pair and one of the longest are run and counted; what they need beyond what stays the
+        same goes with the tokens. Where it is plain beforehand that a step will not fit, it is not tried: then the
+        activations are extended from short pairs, or left out where even without them too little is free.
+
+        Args:
+            planned: the run's micro-batches.
+            free: bytes, before anything was loaded.
+            shared_by: processes that share weights, gradients and optimizer.
+        """
+        held = self._held()
+        if held.total > free:
+            return held
+        costs = TokenCosts.of(self.dataset.pairs, self.datamodule.layout)
+        by_width = sorted(range(len(costs.widths)), key=lambda row: costs.widths[row])
+        short, long = by_width[:1], by_width[-1:]
+        accumulates = planned.accumulate > 1
+        one, other = (self._count(rows, accumulates) for rows in (short, 2 * short))
+        would_fit = held.total + max(one.at(costs.total(long), other).most) < free
+        if would_fit and costs.total(long) > other.tokens:
+            other = self._count(long, accumulates)
+        counted = one.at(most_tokens(self.datamodule, costs, planned), other)
+        step = optimizer_step_bytes(self.module.optimizer_factory, self.trainable)
+        return at_peak(held, counted, step, accumulates=accumulates, shared_by=shared_by, device=self.device)
+
+    def _held(self) -> Memory:
         module = self.module
-        by_length = longest_last(self.dataset)
-        one, short = self.batch(by_length[-1:]), by_length[:1]
-        size_ = self.datamodule.batch_size
-        activations = self._saved(one)
-        if size_ > 1:
-            few = (self._saved(self.batch(short * number)) for number in (1, 2))
-            activations = at_batch_size(activations, *few, size_)
-        config = module.policy.model.config
-        if module.gradient_checkpointing:  # while layers are recomputed, all of their activations are there
-            at_once = int(module.gradient_checkpointing) / max(1, config.num_hidden_layers)
-            activations += int(self._saved_without_checkpointing(one) * size_ * at_once)
-        weights = parameter_bytes(module.policy.parameters())
         copy = getattr(module.reference, "copy", None)
-        itemsize = torch.finfo(next(module.policy.parameters()).dtype).bits // 8
-        head = head_bytes(one.model_inputs[0], size_, config.vocab_size, itemsize)
         return Memory(
-            weights=weights,
+            weights=parameter_bytes(module.policy.parameters()),
             reference=0 if copy is None else parameter_bytes(copy.parameters()),
             gradients=parameter_bytes(self.trainable),
             optimizer=optimizer_bytes(module.optimizer_factory, self.trainable),
-            activations=activations,
-            head=head,
-            around=around_bytes(activations + head, self.device),
+            activations=0,
+            head=0,
+            around=around_bytes(0, self.device),
         )
+
+    def _count(self, rows: Sequence[int], accumulates: bool) -> Counted:
+        batch = self.batch(rows)
+        tokens = max(forward.input_ids.numel() for forward in batch.model_inputs)
+        if accumulates:  # all but a step's first micro-batch find gradients
+            for parameter in self.trainable:
+                parameter.grad = torch.zeros_like(parameter)
+        counted = count_step(lambda: self.loss(batch), self.trainable, tokens)
+        for parameter in self.trainable:
+            parameter.grad = None
+        return counted
 
     def seconds_per_step(self, *, seed: int, seconds: float) -> float:
         """Time forward, backward and optimizer on random micro-batches; the policy is of no use afterwards.
@@ -137,18 +194,6 @@ class DryRun:
         num_pairs = min(batch_size, max(1, int(left / one)))
         return timed(lambda: step(num_pairs), self.device, seconds=left, most=TIMED_STEPS) * batch_size / num_pairs
 
-    def _saved(self, batch: PreferenceBatch) -> int:
-        return saved_bytes(lambda: self.loss(batch), self.module.policy)
-
-    def _saved_without_checkpointing(self, batch: PreferenceBatch) -> int:
-        model = self.module.policy.model
-        model.activation_checkpointing_disable()
-        try:
-            return self._saved(batch)
-        finally:
-            layers = int(self.module.gradient_checkpointing)
-            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=layers)
-
 
 def memory_findings(
     needed: int, free: int, *, lora: bool, checkpointing: bool, batch_size: int, shared_by: int = 1
@@ -172,7 +217,7 @@ def memory_findings(
         changes.append(f"data.batch_size below {batch_size} with trainer.accumulate_grad_batches above")
     if not lora:
         changes.append("model.lora (e.g. {r: 16, alpha: 32})")
-    changes.append("shorter data.tokenization.max_prompt_length and max_completion_length")
+    changes.append("shorter data.tokenization.max_prompt_length and max_completion_length, or max_length")
     level = "fails" if needed > free else "note"
     each = "" if shared_by == 1 else f" in each of {shared_by} processes"
     if shared_by > 1:

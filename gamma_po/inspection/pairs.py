@@ -73,7 +73,7 @@ def data_findings(dataset: PairDataset, counts: dict[str, int], marks: Ends, *, 
     total, findings = len(dataset), []
     cut = sum(pair.truncated for pair in dataset.pairs)
     unused = dropped_rows(counts)
-    longer = "raise data.tokenization.max_prompt_length and max_completion_length, or set overlong: drop"
+    longer = "raise data.tokenization's max_prompt_length, max_completion_length or max_length, or set overlong: drop"
     if cut:
         level = "likely wrong" if cut > MANY_CUT * total else "note"
         findings.append(Finding(level, f"{cut} of {total} pairs lose tokens to the length limits", longer))

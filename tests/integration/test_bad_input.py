@@ -151,6 +151,11 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         ),
         "the chat template leaves out the calls of tools of a conversation with the roles user, assistant, tool",
     ),
+    "tools that the template leaves out": (
+        "p.jsonl",
+        jsonl(PAIR | {"tools": '[{"name": "f", "parameters": {}}]'}),
+        "the chat template has no place for descriptions of tools",
+    ),
     "conversations of two prompts": (
         "p.jsonl",
         jsonl({k: [message("user", k), message("assistant", "a")] for k in ("chosen", "rejected")}),

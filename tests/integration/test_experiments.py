@@ -137,6 +137,8 @@ def test_the_published_runs_have_their_published_numbers_and_three_counterparts(
         64 if "gemma" in model else 128
     )
     assert config["model.policy.dtype"] == "float32" and config["trainer.precision"] == "bf16-mixed"
+    lengths = [config[f"data.tokenization.max_{name}"] for name in ("prompt_length", "completion_length", "length")]
+    assert lengths == [1800, None, 2048]
     counterparts = {path.stem for path in folder.glob("*.yaml")} - {"base", "gamma_simpo"}
     assert counterparts == {"simpo", "gamma_dpo", "dpo"}
 

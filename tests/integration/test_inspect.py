@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.sharding import scaling
 from gamma_po.__main__ import main
+from gamma_po.data.batching import TokenCosts
 from gamma_po.data.tokenization import TokenizedPair
-from gamma_po.inspection.cost import Memory, at_batch_size, optimizer_bytes, parameter_bytes, saved_bytes
-from gamma_po.inspection.dry_run import memory_findings
+from gamma_po.inspection.cost import (
+    Memory,
+    around_bytes,
+    at_peak,
+    optimizer_bytes,
+    optimizer_step_bytes,
+    parameter_bytes,
+)
+from gamma_po.inspection.dry_run import DryRun, memory_findings, most_tokens
+from gamma_po.inspection.live import Counted, LiveBytes
 from gamma_po.inspection.pairs import ends
 from gamma_po.inspection.sharded import gathered_bytes
 from gamma_po.scorer import CompletionScorer
+from tests.memory import ENOUGH, dry_run, estimated, taken
 from tests.runs import arguments
+from tests.saved import saved_bytes
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
 Inspect = Callable[..., tuple[int, str]]
@@ -97,10 +109,14 @@ def test_trainable_parameters_are_counted(inspect: Inspect) -> None:
     [
         (["--model.optimizer.lr", "0.1"], "likely wrong", "the learning rate is 0.1", "model.optimizer.lr"),
         (["--data.tokenization.max_completion_length", "3"], "likely wrong", "lose tokens", "max_completion_length"),
+        (
+            ["--data.tokenization.max_prompt_length", "26", "--data.tokenization.max_length", "31"],
+            *("likely wrong", "32 of 32 pairs lose tokens", "or max_length"),
+        ),
         (["--data.test", "TRAIN"], "likely wrong", "test split are also in the training split", "by prompt"),
         (["--data.columns.chosen", "rejected", "--data.columns.rejected", "chosen"], "note", "steps", "epochs"),
     ],
-    ids=["learning rate", "truncation", "leak", "few steps"],
+    ids=["learning rate", "truncation", "truncation of both", "leak", "few steps"],
 )
 def test_what_looks_wrong_is_named_with_what_to_change(
     options: list[str], level: str, problem: str, change: str, inspect: Inspect, tiny_data: dict[str, str]
@@ -170,15 +186,125 @@ def test_the_optimizers_state_is_measured() -> None:
     assert optimizer_bytes(lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9), parameters) == 4 * numbers
 
 
-def test_activations_are_what_the_backward_pass_keeps_and_grow_with_the_pairs() -> None:
-    layer = torch.nn.Linear(16, 16, bias=False)
+@pytest.mark.parametrize(
+    ("foreach", "expected"), [(False, 2 * 300), (True, 300 + 7)], ids=["one by one", "all at once"]
+)
+def test_what_an_optimizer_makes_and_drops_in_a_step_is_counted(foreach: bool, expected: int) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(100, 3)), torch.nn.Parameter(torch.zeros(7))]
+    found = optimizer_step_bytes(lambda p: torch.optim.AdamW(p, foreach=foreach), parameters)
+    # √v, and one by one √v / √(1 - β₂ᵗ) beside it; a step's own numbers besides
+    assert found == pytest.approx(4 * expected, rel=0.02)
+    assert optimizer_step_bytes(lambda p: torch.optim.SGD(p, lr=1.0, foreach=False), parameters) == 0
 
-    def kept(rows: int) -> int:
-        fixed = torch.ones(7, requires_grad=True)
-        return saved_bytes(lambda: layer(torch.ones(rows, 16)).tanh().sum() + (fixed * fixed).sum(), layer)
 
-    assert kept(5) == 5 * 16 * 4 * 2 + 7 * 4  # the layer's input, tanh's output and what stays, float32
-    assert at_batch_size(kept(3), kept(1), kept(2), 8) == kept(24)
+LONG = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 192}
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    """A model of four layers, and pairs of 20 to 250 tokens."""
+    folder = tmp_path_factory.mktemp("longer")
+    tiny_model(**LONG).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = [row | {"chosen": row["chosen"] * (1 + i % 5), "rejected": row["rejected"] * (1 + i % 7)}
+            for i, row in enumerate(tiny_rows(24))]  # fmt: skip
+    file = str(write_rows(folder / "rows.jsonl", rows))
+    return str(folder / "model"), {"train": file, "validation": file, "test": file}
+
+
+RUNS = {
+    "lora, checkpointing, copy": ["--model.gradient_checkpointing", "true", "--model.reference", "copy"],
+    "lora, padded, adapters off": ["--data.layout", "padded", "--model.reference", "adapters_off"],
+    "lora, cut": ["--data.max_tokens_per_forward", "600"],
+    "all weights": ["--model.lora", "null"],
+    "all weights, bf16, accumulation": [
+        *("--model.lora", "null", "--trainer.precision", "bf16-mixed", "--trainer.accumulate_grad_batches", "2"),
+        *("--data.batch_size", "2", "--model.gradient_checkpointing", "2"),
+    ],
+}
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_the_memory_of_a_step_is_estimated_within_15_percent(
+    options: list[str], longer: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    words = ["--data.batch_size", "6", "--data.layout", "shared_prefix", "--data.validation", "null"]
+    words += ["--model.lora.r", "4", *options]
+    found = estimated(*longer, tmp_path, words)
+    assert found.total - found.around == pytest.approx(taken(*longer, tmp_path, words), rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_alive_behind_the_forward_pass_is_what_autograd_keeps(
+    checkpointing: bool, longer: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    options = ["--model.lora.r", "4", "--model.gradient_checkpointing", str(checkpointing).lower()]
+    dry, _ = dry_run(*longer, tmp_path, options)
+    batch = dry.batch(range(4))
+    with LiveBytes() as live:
+        loss = dry.loss(batch)
+    assert loss.requires_grad
+    assert live.now == pytest.approx(saved_bytes(lambda: dry.loss(batch), dry.module.policy), rel=0.15)
+
+
+def test_at_the_peak_activations_gradients_and_the_optimizers_own_are_not_all_there() -> None:
+    held = Memory(weights=1000, reference=0, gradients=100, optimizer=200, activations=0, head=0, around=0)
+    given = {"accumulates": False, "shared_by": 1, "device": torch.device("meta")}
+
+    def peak(most: tuple[int, ...], arrived: tuple[int, ...], step: int = 0, **changed: object) -> tuple[int, int]:
+        found = at_peak(held, Counted(1, most, arrived), step, **(given | changed))
+        assert (found.weights, found.optimizer) == (1000, 200)
+        return found.gradients, found.activations
+
+    # forward; up to a first gradient of 40; up to a second one of 60; behind it
+    assert peak((500, 550, 300, 100), (0, 0, 40, 100)) == (100, 500)  # the step before left its gradients
+    assert peak((500, 650, 300, 100), (0, 0, 40, 100)) == (0, 650)
+    assert peak((500, 550, 680, 100), (0, 0, 40, 100)) == (40, 640)
+    assert peak((500, 550, 300, 100), (0, 0, 40, 100), step=900) == (100, 900)
+    assert peak((500, 550, 300, 100), (0, 0, 0, 0), accumulates=True) == (100, 550)
+    assert peak((500, 595, 300, 100), (0, 0, 40, 100), shared_by=10) == (0, 595)
+
+
+def test_on_a_cpu_what_was_made_and_dropped_leaves_no_room_for_gradients() -> None:
+    held = Memory(weights=1000, reference=0, gradients=100, optimizer=200, activations=0, head=0, around=0)
+    cpu = torch.device("cpu")
+    counted = Counted(1, (500, 650, 300, 100), (0, 0, 40, 100))
+    found = at_peak(held, counted, 0, accumulates=False, shared_by=1, device=cpu)
+    assert (found.gradients, found.activations) == (0, 650)
+    assert found.total - around_bytes(650, cpu) == 1000 + 100 + 200 + 650
+
+
+@pytest.mark.parametrize("options", [[], ["--data.layout", "shared_prefix"], ["--data.length_window", "2"]])
+def test_the_largest_micro_batch_is_that_of_the_run(
+    options: list[str], longer: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    dry, planned = dry_run(*longer, tmp_path, [*options, "--data.batch_size", "5", "--trainer.max_epochs", "2"])
+    datamodule, sizes = dry.datamodule, []
+    for epoch in (0, 1):
+        batches = datamodule.training_batches(0, 1)
+        batches.set_epoch(epoch)
+        sizes += [dry.batch([slot.index for slot in slots]).model_input.input_ids.numel() for slots in batches]
+    assert len(sizes) == planned.steps == 8
+    costs = TokenCosts.of(dry.dataset.pairs, datamodule.layout)
+    assert most_tokens(datamodule, costs, planned) == max(sizes)
+    fewer = replace(costs, widths=costs.widths[:3])  # a sample smaller than a batch: as if its longest came again
+    expected = [max(fewer.widths)] * 10 if costs.padded else [*fewer.widths, *sorted(fewer.widths)[:0:-1]]
+    assert most_tokens(datamodule, fewer, planned) == sum(expected)
+
+
+def test_a_step_that_cannot_fit_is_not_tried(
+    longer: tuple[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dry, planned = dry_run(*longer, tmp_path, [])
+    tried, batch = [], DryRun.batch
+    monkeypatch.setattr(DryRun, "batch", lambda self, rows: tried.append(rows) or batch(self, rows))
+    held = dry.memory(planned, 1)
+    assert held.total > 1 and held.activations == 0 and tried == []
+    assert dry.memory(planned, held.total + 1).total > held.total + 1
+    assert [len(rows) for rows in tried] == [1, 2]  # short pairs; the longest one is left out
+    tried.clear()
+    dry.memory(planned, ENOUGH)
+    assert len(tried) == 3
 
 
 def test_memory_that_does_not_suffice_stops_the_run_and_says_what_helps() -> None:
@@ -211,6 +337,35 @@ def test_processes_that_share_the_weights_hold_what_the_table_of_the_experiments
     for name in ("weights", "gradients", "optimizer", "gathered"):
         assert getattr(each, name) == pytest.approx(getattr(of_table, name), rel=1e-6), name
     assert (each.activations, each.head, each.around) == (5, 6, 7)
+
+
+STRATEGY = "--trainer.strategy"
+UNSHARDABLE: dict[str, tuple[list[str], str]] = {
+    "tensor parallel": (
+        [f"{STRATEGY}.data_parallel_size", "1", f"{STRATEGY}.tensor_parallel_size", "2"],
+        "tensor_parallel_size=2, weights are sharded over the data-parallel processes only; give tensor_parallel_size: "
+        "1 and data_parallel_size: 2",
+    ),
+    "tensor parallel by default": ([f"{STRATEGY}.tensor_parallel_size", "auto"], "tensor_parallel_size=2, weights are"),
+    "another number of processes": (
+        [f"{STRATEGY}.data_parallel_size", "8"],
+        "trainer.strategy.data_parallel_size=8 is not allowed; allowed: 2, the number of all processes",
+    ),
+    "4 bits": (
+        ["--model.policy.quantization", "nf4", "--model.lora.r", "4"],
+        "quantization=nf4 does not work with ModelParallelStrategy",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSHARDABLE)
+def test_what_cannot_be_sharded_is_refused_as_the_run_would(
+    case: str, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gamma_po.policies.find_spec", lambda name: name)  # bitsandbytes need not be there
+    options, message = UNSHARDABLE[case]
+    status, text = inspect(*SHARDED, *options)
+    assert status == 1 and message in text.split("error: ")[1]
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gamma_po.cli import run as run_command
+from gamma_po.module import PreferenceModule
 from tests import oracle
 from tests.contracts import tiny_dataset
 from tests.runs import arguments, fit, run, steps_of
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_rows, write_rows
 
 LOGP_TOLERANCE = 1e-4  # nats per sequence, float32 against float64
 METRIC_TOLERANCE = 1e-6
@@ -85,6 +86,27 @@ def test_the_map_margin_without_a_fitted_state_says_so(
     given = arguments(tiny_model_path, tiny_data, tmp_path, ["--model.margin", "Map"])
     assert run_command(["validate", *given]) == 2
     assert "give a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_every_command_refuses_what_the_margin_cannot_take_by_its_row_before_a_model_is_loaded(
+    command: str,
+    tiny_model_path: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(PreferenceModule, "configure_model")
+    rows = [row | {"gap": float(i != 4)} for i, row in enumerate(tiny_rows(8))]
+    data = dict.fromkeys(("train", "validation", "test"), str(write_rows(tmp_path / "rated.jsonl", rows)))
+    column = ["--data.columns.margin", "gap", "--model.margin", "Column"]
+    given = arguments(tiny_model_path, data, tmp_path, [*column, "--model.margin.transform", "log"])
+    assert run_command([command, *given]) == 2
+    assert "rated.jsonl, row 5 (line 5): the margin column gives 0, which the margin Column(" in capsys.readouterr().err
+    assert run_command([command, *given, "--model.margin", "NoMargin"]) == 2
+    assert "data.columns.margin='gap' is not used: the margin none" in capsys.readouterr().err
+    assert run_command([command, *arguments(tiny_model_path, data, tmp_path, ["--model.margin", "Column"])]) == 2
+    assert "data.columns.margin is not set; the margin Column(" in capsys.readouterr().err
 
 
 class DisturbPolicy(Callback):

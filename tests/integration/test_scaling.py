@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gamma_po.inspection.cost import head_bytes, saved_bytes
+from gamma_po.inspection.cost import head_bytes
 from gamma_po.layouts import LAYOUTS
 from gamma_po.policies import Lora, attach_lora
+from tests.saved import saved_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "experiments" / "sharding" / "scaling.py"

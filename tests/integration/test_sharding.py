@@ -7,21 +7,16 @@ import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from gamma_po.errors import ConfigError
-from gamma_po.losses import DPO
-from gamma_po.margins import KL
-from gamma_po.module import PreferenceModule
 from gamma_po.policies import Lora, ModelConfig, attach_lora
 from gamma_po.sharding import check_sharding, transformer_blocks
 from gamma_po.state import state_to_plain
@@ -223,30 +218,16 @@ def test_samples_are_left_out_with_a_message_and_the_pairs_are_reported(runs: Ru
     assert runs.said.count("no samples: generation under ModelParallelStrategy is not supported") == 2
 
 
-def test_fsdp1_is_refused_with_what_is_allowed(tiny_model_path: str) -> None:
-    module = PreferenceModule(ModelConfig(path=tiny_model_path), DPO(), KL())
-    module._trainer = SimpleNamespace(strategy=FSDPStrategy())
-    with pytest.raises(ConfigError, match=r"FSDPStrategy.*allowed: ModelParallelStrategy"):
-        module.configure_model()
-
-
-def mesh(**sizes: int) -> Any:
-    """Stands for the processes' mesh."""
-    dimensions = {name: SimpleNamespace(size=lambda size=size: size) for name, size in sizes.items()}
-    whole = type("Mesh", (dict,), {"size": lambda self: math.prod(sizes.values())})
-    return whole(dimensions)
-
-
 def test_what_cannot_be_sharded_is_refused_with_what_is_allowed() -> None:
-    here = mesh(data_parallel=2, tensor_parallel=1)
+    here = {"processes": 2, "tensor_parallel": 1}
     config = ModelConfig(path="anything")
-    check_sharding(config, here, "bf16-mixed")
+    check_sharding(config, "bf16-mixed", **here)
     with pytest.raises(ConfigError, match="tensor_parallel_size: 1 and data_parallel_size: 4"):
-        check_sharding(config, mesh(data_parallel=1, tensor_parallel=4), "32-true")
+        check_sharding(config, "32-true", processes=4, tensor_parallel=4)
     with pytest.raises(ConfigError, match=r"precision.*16-mixed.*bf16-mixed"):
-        check_sharding(config, here, "16-mixed")
+        check_sharding(config, "16-mixed", **here)
     with pytest.raises(ConfigError, match=r"quantization=nf4.*cannot be sharded"):
-        check_sharding(SimpleNamespace(quantization="nf4"), here, "32-true")
+        check_sharding(SimpleNamespace(quantization="nf4"), "32-true", **here)
 
 
 def test_blocks_are_found_through_adapters_and_a_model_without_blocks_is_refused() -> None:

@@ -24,6 +24,7 @@ from gamma_po.types import ModelInput, PairLogps, PreferenceBatch
 from tests.contracts import assert_same_step, gradient_vector, perturb, tiny_dataset
 from tests.integration.test_ranks import flat_weights, two_processes
 from tests.runs import arguments, fit, steps_of
+from tests.tiny import tiny_rows, write_rows
 
 ROWS = range(12)
 LIMIT = 150  # tokens; a pair takes 20 to 60
@@ -145,6 +146,32 @@ def test_a_step_of_token_cut_micro_batches_is_the_step_of_one_big_batch(
     short = [*window, "--data.limit_train", "12", "--data.batch_size", "4", "--trainer.accumulate_grad_batches", "5"]
     twelve = ended_at(tiny_model_path, tiny_data, tmp_path, ["--data.limit_train", "12", "--data.batch_size", "12"])
     assert_close(ended_at(tiny_model_path, tiny_data, tmp_path, short), twelve)
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+def test_micro_batches_of_different_numbers_of_pairs_weigh_each_pair_alike(
+    layout: str, tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tiny_rows(32, seed=3)
+    for row in rows[::8]:
+        row["chosen"] = " ".join([row["chosen"]] * 12)  # one of eight is so long that few others fit beside it
+    file, sizes, step = str(write_rows(tmp_path / "rows.jsonl", rows)), [], PreferenceModule.training_step
+
+    def counting(module: PreferenceModule, batch: PreferenceBatch, number: int) -> dict[str, object]:
+        sizes.append(batch.num_pairs)
+        return step(module, batch, number)
+
+    monkeypatch.setattr(PreferenceModule, "training_step", counting)
+    data, options = dict.fromkeys(("train", "validation", "test"), file), ["--data.layout", layout]
+    whole = ended_at(tiny_model_path, data, tmp_path / "whole", [*options, "--data.batch_size", "16"])
+    assert set(sizes) == {16}
+    sizes.clear()
+    options += ["--data.length_window", "1", "--data.batch_size", "4", "--trainer.accumulate_grad_batches", "4"]
+    cut = ended_at(tiny_model_path, data, tmp_path / "cut", options)
+    assert sum(sizes) == 32 and len(set(sizes)) > 1
+    begin = load_model(ModelConfig(path=tiny_model_path)).state_dict()
+    change = whole - torch.cat([begin[name].flatten().double() for name in sorted(begin)])
+    assert float((cut - whole).norm() / change.norm()) < WEIGHT_TOLERANCE
 
 
 def test_a_limit_on_tokens_changes_no_loss_of_a_run_with_a_kl_margin(

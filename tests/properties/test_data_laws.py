@@ -83,14 +83,27 @@ def calling(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": [*asked, {"role": "tool", "content": "4"}], "chosen": "a", "rejected": "b"}
 
 
+def calling_with(tools: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"prompt": "q", "chosen": "a", "rejected": "b", "tools": tools}
+
+
 inner = st.fixed_dictionaries({}, optional={"x": st.integers(-9, 9), "y": st.text(max_size=3)})
+given_tools = st.lists(
+    st.fixed_dictionaries({"name": st.sampled_from("fg")}, optional={"description": st.text(max_size=3), "in": inner}),
+    min_size=1,
+    max_size=2,
+)
 given_arguments = st.fixed_dictionaries(
     {}, optional={"city": st.text(max_size=3), "place": inner, "places": st.lists(inner, max_size=2)}
 )
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(good_rows, min_size=1, max_size=5) | st.lists(given_arguments.map(calling), min_size=1, max_size=5))
+@given(
+    st.lists(good_rows, min_size=1, max_size=5)
+    | st.lists(given_arguments.map(calling), min_size=1, max_size=5)
+    | st.lists(given_tools.map(calling_with), min_size=1, max_size=5)
+)
 @example([calling({"city": "Paris"}), calling({"x": 1}), calling({"city": "", "places": [{"x": 1}, {"y": "z"}]})])
 def test_jsonl_and_parquet_give_the_same_pairs_and_counts(
     tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]]
@@ -165,6 +178,35 @@ def test_the_decoded_completion_is_the_source_up_to_counted_truncation(
     if name != "thinking":  # whose turns begin with that token
         assert found.prompt.tolist().count(tokenizer.bos_token_id) == (name == "bos, eos")
     assert prompt.strip() in tokenizer.decode(found.prompt.tolist(), clean_up_tokenization_spaces=False)
+
+
+letters = st.text("abc🙂", min_size=1, max_size=24)
+
+
+@FUZZ
+@given(letters, letters, letters, st.integers(1, 12), st.integers(1, 12), st.none() | st.integers(2, 30))
+def test_prompt_and_completion_have_no_more_than_their_limits_and_no_less_than_these_allow(
+    prompt: str, chosen: str, rejected: str, most_prompt: int, room: int, most_completion: int | None
+) -> None:
+    """Each part is the longest that all limits allow, given the prompt's own cut; what is lost is counted."""
+    pair, tokenizer = Preference(prompt, chosen, rejected + "!", None, WHERE), TOKENIZERS["bos, eos"]
+    (whole,), _, _ = tokenize_preferences([pair], tokenizer, Tokenization(), show_progress=False)
+    limits = {"max_prompt_length": most_prompt, "max_completion_length": most_completion}
+    room = room if most_completion is None else min(room, most_completion - 1)  # more would cut nothing
+    options = Tokenization(**limits, max_length=most_prompt + room)
+    try:
+        (found,), _, counts = tokenize_preferences([pair], tokenizer, options, show_progress=False)
+    except DataError as error:
+        assert "dropped_identical 1" in str(error)
+        return
+    assert len(found.prompt) == min(len(whole.prompt), most_prompt)
+    assert counts["prompt_truncated"] == (len(found.prompt) < len(whole.prompt))
+    for side in ("chosen", "rejected"):
+        ids, all_ids = getattr(found, side), getattr(whole, side)
+        assert ids.equal(all_ids[: len(ids)]) and counts[f"{side}_truncated"] == (len(ids) < len(all_ids))
+        assert len(found.prompt) + len(ids) <= most_prompt + room and len(ids) <= (most_completion or len(ids))
+        full = len(found.prompt) + len(ids) == most_prompt + room or len(ids) == most_completion
+        assert full or len(ids) == len(all_ids)
 
 
 @FUZZ

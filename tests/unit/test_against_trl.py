@@ -106,6 +106,9 @@ def test_counted_flops_are_two_per_multiplication_of_matrices_and_of_the_cpus_at
     meter.count_flops()
     (inputs @ weight).sum().backward()  # forward, and the weight's gradient
     assert meter.counted_flops() == 2 * 2 * 5 * 7 * 3
+    meter.count_flops()
+    torch.zeros(5, 3).addmm_(inputs, weight.detach())
+    assert meter.counted_flops() == 2 * 5 * 7 * 3
     square = 2 * (2 * 3) * 16 * 16 * 8
     meter.count_flops()
     attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ def error_of(values: dict[str, Any], **columns: Any) -> str:
 
 QUESTION, GOOD, BAD = "北京の人口は？", "約2100万人です。", "몰라요"
 TURN = said("user", QUESTION)
+COUNT = {"type": "function", "function": {"name": "count", "parameters": {}}}
 SHAPES: dict[str, tuple[dict[str, Any], Any]] = {
     "UltraFeedback binarized": (
         {
@@ -116,6 +118,13 @@ SHAPES: dict[str, tuple[dict[str, Any], Any]] = {
         },
         (said("user", "hi"), said("tool", '{"people": 21}')),
     ),
+    "LLaMA-Factory, ShareGPT ranking with tools": (
+        {
+            "conversations": [sharegpt("human", QUESTION)], "tools": '[{"name": "count", "parameters": {}}]',
+            "chosen": sharegpt("gpt", GOOD), "rejected": sharegpt("gpt", BAD),
+        },
+        ({**TURN, "tools": [COUNT]},),
+    ),
     "LLaMA-Factory, Alpaca ranking": (
         {"instruction": "Answer.", "input": QUESTION, "chosen": GOOD, "rejected": BAD},
         f"Answer.\n{QUESTION}",
@@ -164,6 +173,17 @@ def test_ratings_of_public_sets_become_the_margin_column(shape: str) -> None:
     assert convert(SHAPES[shape][0], **names).column == pytest.approx(expected)
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """An object in an object in ..."""
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+CALL, ANSWERS = {"role": "assistant", "content": ""}, {"chosen": "x", "rejected": "y"}
+
+
 @pytest.mark.parametrize(
     ("values", "columns", "expected"),
     [
@@ -200,7 +220,33 @@ def test_ratings_of_public_sets_become_the_margin_column(shape: str) -> None:
             {},
             "two system messages; `data.columns.system: null`",
         ),
-        ({"prompt": "q", "chosen": "x", "rejected": "y", "tools": '[{"name": "f"}]'}, {}, "'tools'"),
+        ({"prompt": "q", "chosen": "x", "rejected": "y", "tools": "f"}, {}, "'tools' must hold a list of descriptions"),
+        ({"prompt": "q", "chosen": "x", "rejected": "y", "tools": {"name": "f"}}, {}, 'found {"name": "f"}'),
+        ({"prompt": "q", "chosen": "x", "rejected": "y", "tools": "[{]"}, {}, "'tools' must hold a list of descriptio"),
+        ({"prompt": "q", "chosen": "x", "rejected": "y", "tools": [COUNT, {}]}, {}, "'tools', tool 2: the descripti"),
+        ({"prompt": "q", "chosen": "x", "rejected": "y", "tools": [{"name": 3}]}, {}, 'a name, found {"name": 3}'),
+        ({"prompt": "q", "chosen": "x", "rejected": "y", "tools": ["f"]}, {}, 'tool 1: the description of a tool nee'),
+        (
+            {"prompt": "q", "chosen": "x", "rejected": "y", "tools": [{"name": "f", "since": date(2026, 1, 1)}]},
+            {},
+            "tool 1: the name, description and arguments of a tool must be JSON: Object of type date",
+        ),
+        (
+            {"prompt": "q", "chosen": "x", "rejected": "y", "tools": [{"name": "f", "least": float("nan")}]},
+            {},
+            "tool 1: the name, description and arguments of a tool must be JSON: Out of range float values",
+        ),
+        (
+            {"prompt": "q", "chosen": "x", "rejected": "y", "tools": [{"name": "f", "deep": nested(600)}]},
+            {},
+            "tool 1: objects and lists in one another; allowed: 100 levels",
+        ),
+        (
+            {"prompt": [TURN, {**CALL, "tool_calls": [{"name": "f", "arguments": nested(600)}]}], **ANSWERS},
+            {},
+            "objects and lists in one another; allowed: 100 levels",
+        ),
+        ({"prompt": [TURN, {**CALL, "thinking": "hm"}], **ANSWERS}, {}, "thinking is not read"),
         ({"instruction": "a", "input": "b", "history": "c", "chosen": "x", "rejected": "y"}, {}, "'history' must hold"),
         ({"instruction": "a", "input": ["b"], "chosen": "x", "rejected": "y"}, {}, "'input' must hold text"),
         ({"text": "q", "label": 1}, {}, "no column 'chosen'; columns there: text, label"),
@@ -212,6 +258,41 @@ def test_ratings_of_public_sets_become_the_margin_column(shape: str) -> None:
 )  # fmt: skip
 def test_a_row_that_could_mean_several_things_or_nothing_is_refused(values: dict, columns: dict, expected: str) -> None:
     assert expected in error_of(values, **columns)
+
+
+TOOLS = {
+    "objects": [COUNT],
+    "JSON text": '[{"type": "function", "function": {"name": "count", "parameters": {}}}]',
+    "JSON text of each": ['{"type": "function", "function": {"name": "count", "parameters": {}}}'],
+    "bare": [{"name": "count", "parameters": {}}],
+    "padded by Parquet": [
+        {"type": "function", "function": {"name": "count", "strict": None, "parameters": {"a": None}}, "x": None}
+    ],
+}
+
+
+@pytest.mark.parametrize("shape", TOOLS)
+def test_tools_are_read_into_the_first_message_in_whatever_shape_they_are_written(shape: str) -> None:
+    values = {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD, "tools": TOOLS[shape]}
+    assert convert(values).prompt == ({**TURN, "tools": [COUNT]},)
+    assert convert(values, format="plain").prompt == convert(values).prompt
+    turns = [said("system", "s"), TURN]
+    assert convert(values | {"prompt": turns}).prompt == ({**said("system", "s"), "tools": [COUNT]}, TURN)
+    assert convert(values | {"system": "s"}).prompt == convert(values | {"prompt": turns}).prompt
+    whole = {side: [*turns, said("assistant", text)] for side, text in (("chosen", GOOD), ("rejected", BAD))}
+    assert convert(whole | {"tools": TOOLS[shape]}).prompt == convert(values | {"prompt": turns}).prompt
+
+
+@pytest.mark.parametrize("value", [None, "", " ", "null", "[]", []])
+def test_no_tools_are_no_tools(value: Any) -> None:
+    values = {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD, "tools": value}
+    assert convert(values).prompt == QUESTION
+
+
+def test_the_column_of_tools_has_a_name_and_can_be_left_unread() -> None:
+    values = {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD, "tools": 7, "functions": [COUNT]}
+    assert convert(values, tools="functions").prompt == ({**TURN, "tools": [COUNT]},)
+    assert convert(values, tools=None).prompt == QUESTION
 
 
 def test_named_columns_win_over_recognised_ones() -> None:

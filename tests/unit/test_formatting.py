@@ -150,6 +150,10 @@ def test_a_missing_column_is_named_beside_the_columns_that_are_there(missing: st
         ),
         ([assistant("x") | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}], "message 1: a call of a tool needs"),
         ([assistant("x") | {"tool_calls": {"name": "f"}}], "tool_calls must be a list, of an assistant"),
+        (
+            [assistant("x") | {"tool_calls": [{"name": "f", "arguments": {"a": Decimal("0.5")}}]}],
+            "message 1: the name, description and arguments of a tool must be JSON: Object of type Decimal",
+        ),
         ([user("x") | {"tool_calls": [{"name": "f", "arguments": {}}]}], "tool_calls must be a list, of an assistant"),
         ([assistant("x") | {"function_call": {"name": "f"}}], "function_call is not read; allowed: role, content and"),
     ],
@@ -222,6 +226,11 @@ def test_conversations_that_are_not_prompt_plus_one_answer_are_refused(values: d
         (pair(rejected="\t \n"), "rejected is empty"),
         (pair(chosen="same", rejected="same"), "chosen and rejected are identical"),
         (pair(chosen="half \ud83d"), "not valid Unicode (an unpaired surrogate)"),
+        (pair(prompt=(user("") | {"tools": [{"function": {"name": "f"}}]},)), "prompt is empty"),
+        (
+            pair(prompt=(user("q") | {"tools": [{"function": {"name": "\udc00"}}]},)),
+            "not valid Unicode (an unpaired surrogate)",
+        ),
         (
             pair(prompt=(user("\udc00"), assistant("a"), user("q"))),
             "not valid Unicode (an unpaired surrogate)",

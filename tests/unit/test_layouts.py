@@ -7,14 +7,19 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     GptOssConfig,
+    GraniteConfig,
+    HyperCLOVAXConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -23,7 +28,7 @@ from gamma_po.attention import Segments, attend_in_segments
 from gamma_po.errors import ConfigError
 from gamma_po.layouts import LAYOUTS, packed, padded, shared_prefix
 from gamma_po.policies import Lora, attach_lora
-from gamma_po.scorer import CompletionScorer, check_layout
+from gamma_po.scorer import CompletionScorer, check_layout, steady_positions
 
 SIZE = {
     "vocab_size": 97,
@@ -235,3 +240,61 @@ def test_a_model_whose_logits_are_made_in_an_unknown_way_is_refused() -> None:
     model.forward = doubled
     with pytest.raises(ConfigError, match=r"llama, as loaded, cannot be scored here.*nat per token away"):
         check_layout("padded", model, "sdpa")
+
+
+SCALED = {
+    "cohere": CohereConfig(**SIZE, logit_scale=0.3),
+    "granite": GraniteConfig(**SIZE, logits_scaling=4.0),
+    "gemma2": Gemma2Config(**SIZE, head_dim=8, final_logit_softcapping=3.0),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_and_capped_logits_are_the_models_own_over_the_temperature(name: str, temperature: float) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SCALED[name], attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.0, 0.3)
+    prompts, chosen, rejected = pairs()
+    with torch.no_grad():
+        found = CompletionScorer(model).sequence_logps(padded(prompts, chosen, rejected, 0), temperature)
+        for value, prompt, ids in zip(found, [*prompts, *prompts], [*chosen, *rejected], strict=True):
+            logits = model(input_ids=torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1] / temperature
+            expected = logits.double().log_softmax(1)[torch.arange(len(ids)), ids].sum()
+            assert float(value) == pytest.approx(float(expected), abs=1e-4)
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """A model without weights, as where it is going to be sharded."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def test_a_window_applied_through_the_mask_only_is_refused_in_segments() -> None:
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    window = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2}
+    config = Qwen2MoeConfig(**SIZE, **experts, **window, shared_expert_intermediate_size=16)
+    before = torch.get_rng_state()
+    for model in (on_meta(config), AutoModelForCausalLM.from_config(config).eval()):
+        check_layout("padded", model, "sdpa")
+        with pytest.raises(ConfigError, match=r"shared_prefix does not work here.*nat per token.*allowed: padded"):
+            check_layout("shared_prefix", model, "sdpa")
+        torch.set_rng_state(before)
+    check_layout("shared_prefix", on_meta(CONFIGS["mistral, a window of 6"]), "sdpa")
+    assert torch.get_rng_state().equal(before)
+
+
+def test_logits_made_in_an_unknown_way_are_refused_also_without_weights() -> None:
+    with pytest.raises(ConfigError, match=r"hyperclovax, as loaded, cannot be scored here"):
+        check_layout("padded", on_meta(HyperCLOVAXConfig(**SIZE, logits_scaling=3.0)), "sdpa")
+
+
+def test_rotary_embeddings_that_change_with_the_longest_row_have_a_limit() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    limit = {"max_position_embeddings": 256, "original_max_position_embeddings": 32}
+    long = Phi3Config(**SIZE, **limit, pad_token_id=0, rope_parameters=rope)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    assert steady_positions(long) == 32
+    assert steady_positions(LlamaConfig(**SIZE, max_position_embeddings=64, rope_parameters=dynamic)) == 64
+    assert steady_positions(CONFIGS["llama"]) is None

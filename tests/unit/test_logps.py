@@ -15,12 +15,12 @@ def full(head: nn.Linear, hidden: Tensor, targets: Tensor, logits: Logits) -> Te
     """log softmax over all logits at once, [N, V]."""
     values = head(hidden) * logits.scale
     values = values if logits.softcap is None else logits.softcap * torch.tanh(values / logits.softcap)
-    return torch.log_softmax(values, dim=1)
+    return torch.log_softmax(values / logits.temperature, dim=1)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("logits", [Logits(), Logits(0.25), Logits(1.0, 3.0), Logits(2.0, 5.0)])
+@pytest.mark.parametrize("logits", [Logits(), Logits(0.25), Logits(1.0, 3.0), Logits(2.0, 5.0, 0.7)])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_log_probabilities_and_gradients_equal_those_of_full_logits(
     frozen: bool, bias: bool, logits: Logits, chunk: int

@@ -96,6 +96,8 @@ def test_chosen_rows_are_a_sequence(opened: Callable[..., PairFile]) -> None:
 
 CHANGES: dict[str, dict[str, Any]] = {
     "length": {"tokenization": Tokenization(max_prompt_length=20)},
+    "length of both": {"tokenization": Tokenization(max_length=600)},
+    "tools": {"columns": Columns(tools=None)},
     "template": {"tokenization": Tokenization(template="text")},
     "columns": {"columns": Columns(prompt=None)},
     "invalid rows": {"invalid_rows": "drop"},

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from gamma_po.data.dataset import PairDataset, Slot, collate
 from gamma_po.data.tokenization import TokenizedPair
+from gamma_po.errors import ConfigError
+from gamma_po.reference import check_agreement
 from gamma_po.types import Evidence, PairLogps, PreferenceBatch
 from tests.contracts import random_evidence
 
@@ -79,3 +81,16 @@ def test_the_evidence_of_the_contracts_is_consistent() -> None:
     ):
         assert ((total <= shared) & (shared < 0)).all()
         assert torch.equal(shared[mine <= other], total[mine <= other])
+
+
+def test_below_full_precision_one_token_may_be_off_by_what_many_may_not() -> None:
+    lengths = torch.tensor([1.0, 100.0])
+    reference = PairLogps(torch.tensor([-2.0, -200.0]), torch.tensor([-3.0, -300.0]), lengths, lengths)
+    rows = torch.tensor([4, 9])
+    off = reference._replace(rejected=reference.rejected + torch.tensor([0.2, 2.0]))
+    check_agreement(off, reference, rows, full_precision=False)
+    with pytest.raises(ConfigError, match=r"row 4 of the training split, a completion of 1 tokens"):
+        check_agreement(off, reference, rows, full_precision=True)
+    off = reference._replace(rejected=reference.rejected + torch.tensor([0.2, 14.0]))  # 0.14 nat per token
+    with pytest.raises(ConfigError, match=r"0.14 nat per token \(pair in row 9 .* 100 tokens; allowed 0.055"):
+        check_agreement(off, reference, rows, full_precision=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -470,6 +471,49 @@ def test_exactly_fitting_texts_are_not_cut() -> None:
     assert pieces_of(PLAIN, found[0].chosen) == ["u", "v", "</s>"]
 
 
+TOGETHER = lengths(max_completion_length=None, max_length=7)  # and prompts of 4, at most
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kept", "most"),
+    [("a", "a", 6), ("abcd", "abcd", 3), ("abcdef", "cdef", 3)],
+    ids=["short", "full", "cut"],
+)
+def test_completions_have_the_room_that_their_cut_prompt_leaves_of_both(prompt: str, kept: str, most: int) -> None:
+    rows = [pair(prompt, "uvwxyz"[: most - 1], "uvwxyz"[:most]), pair(prompt, "uvwxyz", "zyxwvu")]
+    fitting, cut = tokenize_preferences(rows, PLAIN, TOGETHER, show_progress=False)[0]
+    assert pieces_of(PLAIN, fitting.prompt) == pieces_of(PLAIN, cut.prompt) == list(kept)
+    assert pieces_of(PLAIN, fitting.chosen) == [*"uvwxyz"[: most - 1], "</s>"]  # exactly the room that there is
+    assert pieces_of(PLAIN, fitting.rejected) == list("uvwxyz"[:most])  # its EOS is one token too many
+    assert pieces_of(PLAIN, cut.chosen) == list("uvwxyz"[:most])
+    assert pieces_of(PLAIN, cut.rejected) == list("zyxwvu"[:most])
+
+
+def test_the_shorter_of_both_limits_of_a_completion_holds() -> None:
+    options = lengths(max_completion_length=5, max_length=7)
+    rows = [pair("a", "uvwxyz", "no"), pair("abc", "uvwxyz", "no")]
+    found, _, _ = tokenize_preferences(rows, PLAIN, options, show_progress=False)
+    assert [len(one.chosen) for one in found] == [5, 4]
+
+
+def test_what_exceeds_both_together_is_counted_dropped_or_refused_under_the_same_names() -> None:
+    rows = [pair("ab", "uvwx", "v"), pair("abcd", "uvwx", "v"), pair("abcd", "v", "uvwx"), pair("abcde", "u", "v")]
+    _, kept, counts = tokenize_preferences(rows, PLAIN, TOGETHER, show_progress=False)
+    names = ("prompt_truncated", "chosen_truncated", "rejected_truncated", "dropped_overlong")
+    assert len(kept) == 4 and [counts[name] for name in names] == [1, 1, 1, 0]
+    drop, error = (replace(TOGETHER, overlong=overlong) for overlong in ("drop", "error"))
+    _, kept, counts = tokenize_preferences(rows, PLAIN, drop, show_progress=False)
+    assert kept == [0] and [counts[name] for name in names] == [0, 0, 0, 3]
+    with pytest.raises(DataError, match=r"row 7 .*too long: chosen has 5 of 3 tokens, with max_length=7 for both; all"):
+        tokenize_preferences(rows, PLAIN, error, show_progress=False)
+
+
+def test_a_limit_of_both_leaves_prompts_for_generation_alone() -> None:
+    for prompt in ("ab", "abcdefgh"):
+        found, expected = (prompt_ids(prompt, PLAIN, options) for options in (TOGETHER, lengths()))
+        assert found.equal(expected) and found.equal(tokenise(pair(prompt), PLAIN, TOGETHER).prompt)
+
+
 ROWS = [
     pair("abcd", "u", "v", "row 1"),  # fits
     pair("abcde", "u", "v", "row 2"),
@@ -544,12 +588,28 @@ def test_many_pairs_are_tokenised_as_each_would_be_alone() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"template": "chatml"}, {"overlong": "cut"}, {"max_prompt_length": 0}, {"max_completion_length": -3}],
-)
+    [
+        {"template": "chatml"}, {"overlong": "cut"}, {"max_prompt_length": 0}, {"max_completion_length": -3},
+        {"max_completion_length": None}, {"max_completion_length": 0, "max_length": 999}, {"max_length": 0},
+    ],
+)  # fmt: skip
 def test_an_option_with_a_value_that_is_not_allowed_is_named(options: dict) -> None:
-    (name, value), = options.items()  # fmt: skip
+    name, value = next(iter(options.items()))
     with pytest.raises(ConfigError, match=rf"data\.tokenization\.{name}={value!r} is not allowed; allowed: "):
         Tokenization(**options)
+
+
+def test_a_limit_of_both_must_leave_a_token_to_completions_of_the_longest_prompt() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Tokenization(max_prompt_length=1800, max_length=1800)
+    assert str(caught.value) == (
+        "data.tokenization.max_length=1800 is not allowed; "
+        "allowed: an integer > data.tokenization.max_prompt_length=1800, or null"
+    )
+    with pytest.raises(ConfigError, match=r"=2048 cuts nothing.*less than 1024, or max_completion_length: null"):
+        Tokenization(max_length=2048)
+    found = tokenise(pair("abcdef", "uv", "v"), PLAIN, lengths(max_length=5))
+    assert (len(found.prompt), len(found.chosen), len(found.rejected)) == (4, 1, 1)
 
 
 # Prompts for generation
@@ -709,6 +769,105 @@ def test_calls_that_a_template_cannot_render_are_refused(template: str, prompt: 
     with pytest.raises(DataError) as caught:
         tokenise(pair(prompt), byte_bpe(template=template))
     assert str(caught.value).startswith(f"{WHERE}: ") and expected in str(caught.value)
+
+
+WITH_TOOLS = (
+    "{% if tools %}{{ '<tools>' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '</s>\n' }}{% endif %}" + CHATML
+)
+TOOLS_OF_LAST = WITH_TOOLS.replace("{% if tools %}", "{% if tools and messages[0].role == 'system' %}")
+FIRST_TOOL = WITH_TOOLS.replace("for t in tools", "for t in tools[:1]")
+MENTIONS_TOOLS = "{% if tools %}You have tools.\n{% endif %}" + CHATML
+
+
+def tool(name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": "ü", **more}}
+
+
+def with_tools(*tools: dict[str, Any], roles: tuple[str, ...] = ("user",)) -> tuple[dict[str, Any], ...]:
+    """A prompt whose first message carries tools."""
+    first, *others = [{"role": role, "content": f"{role} says"} for role in roles]
+    return ({**first, "tools": list(tools)}, *others)
+
+
+def test_tools_of_a_prompt_are_rendered_where_the_template_writes_them() -> None:
+    tools = [tool("add", parameters={"type": "object", "properties": {"a": {"type": "number"}}}), tool("stop")]
+    tokenizer = byte_bpe(template=WITH_TOOLS)
+    found = tokenise(pair(with_tools(*tools, roles=("system", "user")), "four", "five"), tokenizer)
+    said = [{"role": "system", "content": "system says"}, {"role": "user", "content": "user says"}]
+    expected = tokenizer.apply_chat_template(said, tools=tools, add_generation_prompt=True, return_dict=False)
+    assert found.prompt.tolist() == expected and text_of(PLAIN, found.chosen) == "four</s>"
+    rendered = text_of(PLAIN, found.prompt)
+    assert rendered.startswith('<tools>{"type": "function", "function": {"name": "add", "description": "ü", "para')
+    assert rendered.endswith("</s>\n<system>system says</s>\n<user>user says</s>\n<assistant>")
+
+
+def test_prompts_with_and_without_tools_stand_side_by_side() -> None:
+    rows = [pair("user says"), pair(with_tools(tool("add"))), pair("user says"), pair(with_tools(tool("stop")))]
+    found, _, _ = tokenize_preferences(rows, byte_bpe(template=WITH_TOOLS), Tokenization(), show_progress=False)
+    texts = [text_of(PLAIN, one.prompt) for one in found]
+    bare = "<user>user says</s>\n<assistant>"
+    assert texts[0] == texts[2] == bare
+    for text, name in ((texts[1], "add"), (texts[3], "stop")):
+        description = f'{{"type": "function", "function": {{"name": "{name}", "description": "ü"}}}}'
+        assert text == f"<tools>{description}</s>\n{bare}"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (CHATML, with_tools(tool("add"))),
+        (MENTIONS_TOOLS, with_tools(tool("tools"))),  # the text changes, but does not say which
+        (FIRST_TOOL, with_tools(tool("add"), tool("stop"))),
+        (TOOLS_OF_LAST, with_tools(tool("add"))),  # there is a place, but not in a conversation like this
+    ],
+)
+def test_tools_that_a_template_would_lose_are_refused(template: str, prompt: Prompt) -> None:
+    with pytest.raises(DataError) as caught:
+        tokenise(pair(prompt), byte_bpe(template=template))
+    assert str(caught.value) == (
+        f"{WHERE}: the chat template has no place for descriptions of tools in a conversation with the roles user; "
+        "allowed: a template that writes them, or columns.tools: null, which leaves them unread"
+    )
+
+
+def test_a_place_for_tools_that_only_some_conversations_have_is_used_there() -> None:
+    prompt = with_tools(tool("add"), roles=("system", "user"))
+    found = tokenise(pair(prompt), byte_bpe(template=TOOLS_OF_LAST))
+    assert '"name": "add"' in text_of(PLAIN, found.prompt)
+
+
+@pytest.mark.parametrize(("tokenizer", "template"), [(PLAIN, "auto"), (byte_bpe(template=WITH_TOOLS), "text")])
+def test_tools_without_a_template_are_refused(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    with pytest.raises(DataError, match=r"row 7 .*the prompt has tools, which needs a chat template; allowed"):
+        tokenise(pair(with_tools(tool("add"))), tokenizer, Tokenization(template=template))
+
+
+def test_a_template_for_tools_beside_the_usual_one_is_used_for_prompt_and_answer() -> None:
+    tokenizer = byte_bpe(template=CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": WITH_TOOLS}
+    rows = [pair("q"), pair(with_tools(tool("add")))]
+    found, _, _ = tokenize_preferences(rows, tokenizer, Tokenization(), show_progress=False)
+    texts = [text_of(PLAIN, one.prompt) for one in found]
+    assert texts[0] == "<user>q</s>\n<assistant>" and texts[1].startswith('<tools>{"type": "function"')
+    assert text_of(PLAIN, found[1].chosen) == "yes</s>"
+
+
+def test_a_control_token_in_a_description_is_found() -> None:
+    rows = [pair(), pair(with_tools(tool("add", example="say </s>")))]
+    _, kept, counts = tokenize_preferences(rows, byte_bpe(template=WITH_TOOLS), Tokenization(), show_progress=False)
+    assert kept == [0] and counts["dropped_marker_inside"] == 1
+
+
+def test_tools_are_part_of_a_prompt_and_of_its_key() -> None:
+    prompts = [with_tools(tool("add")), with_tools(tool("stop")), with_tools(tool("add"), tool("stop"))]
+    keys = [prompt_key(prompt) for prompt in ("user says", *prompts)]
+    assert len(set(keys)) == 4 and keys[1] == prompt_key(with_tools(tool("add")))
+
+
+@pytest.mark.smollm2
+def test_smollm2_has_no_place_for_tools(smollm2: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="no place for descriptions of tools"):
+        tokenise(pair(with_tools(tool("add"))), smollm2)
 
 
 def test_prompts_that_differ_in_a_call_alone_are_different_prompts() -> None:

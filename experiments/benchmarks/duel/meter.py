@@ -79,7 +79,11 @@ class Meter:
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, taught about the CPU's attention kernel (full squares, masked or not, as elsewhere)."""
+    """PyTorch's counter, taught about the CPU's attention kernel (full squares, masked or not, as elsewhere) and about
+    products that are added in place."""
+
+    def added(to, left, right, *args, out_shape=None, **kwargs) -> int:
+        return 2 * left[0] * left[1] * right[1]
 
     def forward(query, key, value, *args, out_shape=None, **kwargs) -> int:
         return sdpa_flop_count(query, key, value)
@@ -91,6 +95,7 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(
         display=False,
         custom_mapping={
+            aten.addmm_: added,
             aten._scaled_dot_product_flash_attention_for_cpu: forward,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
         },

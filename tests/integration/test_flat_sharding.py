@@ -1,0 +1,288 @@
+"""Two processes that share the weights in the older way (FSDP1) do what one does; Lightning has it on GPUs only.
+
+Here a strategy derived from Lightning's, which its check for a GPU does not know, runs the same code on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+from gamma_po.checkpoints import load_plain_files_only
+from gamma_po.errors import ConfigError
+from gamma_po.flat_sharding import check_flat_sharding
+from gamma_po.policies import ModelConfig
+from gamma_po.state import state_to_plain
+from tests.integration.test_ranks import LOSS_TOLERANCE, WEIGHT_TOLERANCE, pairs_by_step, two_processes
+from tests.integration.test_resume import assert_identical
+from tests.integration.test_sharding import CLIP, COMMON, HALVED, LR, MIDDLE, SCRIPT, STRATEGY, exported
+from tests.runs import arguments, fit, steps_of
+from tests.tiny import tiny_model
+
+BF16_TOLERANCE = 0.02  # nats of the mean loss; bfloat16 keeps 8 bits
+SHARE = 0.75  # of the whole model: half of the weights, and what one block takes until it is shared
+EPOCHS, STEPS = 2, 16
+WHOLE = [*COMMON, "--trainer.max_epochs", str(EPOCHS), "--checkpoint.every_n_train_steps", "4"]
+LORA = ["--model.lora.r", "4", "--data.layout", "shared_prefix", "--model.gradient_checkpointing", "true"]
+SHORT = [*COMMON, "--trainer.max_steps", "4", "--checkpoint.every_n_train_steps", "1"]
+METHODS = {
+    "full": [*WHOLE, "--report.enabled", "true", "--report.num_prompts", "2"],
+    "copy": [*WHOLE, *LORA, "--model.reference", "copy"],
+    "adapters_off": [*SHORT, *LORA, "--model.reference", "adapters_off"],
+    "bf16": [*COMMON, "--trainer.max_steps", "2", "--trainer.precision", "bf16-mixed"],
+}
+SHARDS = [f"{STRATEGY}.state_dict_type", "sharded"]
+FLAT = [*HALVED, STRATEGY, "tests.integration.test_flat_sharding.FSDPStrategyOnCPU"]
+FLAT += [f"{STRATEGY}.state_dict_type", "full"]
+FLAT += ["--trainer.callbacks", "tests.integration.test_flat_sharding.WhatEachHolds"]
+
+
+class FSDPStrategyOnCPU(FSDPStrategy):
+    """Lightning refuses FSDPStrategy itself without a GPU."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Leave gathered weights where they are: moved from the CPU to the CPU, they would be freed."""
+        with patch.object(FlatParamHandle, "to_cpu", lambda handle: nullcontext()):
+            return super().lightning_module_state_dict()
+
+
+class WhatEachHolds(Callback):
+    """Writes each process's margin history and share of the weights; named on the command line."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        held = {
+            "margin_state": state_to_plain(pl_module.margin_state),
+            "here": sum(parameter.numel() for parameter in pl_module.policy.parameters()),
+        }
+        torch.save(held, Path(os.environ["HELD"]) / f"rank{trainer.global_rank}.pt")
+
+
+class Runs(SimpleNamespace):
+    """The directories of the runs in one process and in two, by name."""
+
+    one: dict[str, Path]
+    two: dict[str, Path]
+    root: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All runs of this file: one launch of two processes, and the same in this one."""
+    root = tmp_path_factory.mktemp("flat")
+    odd = ["--data.validation", tiny_data["test"]]  # 11 rows, one at a time: the second process's last batch is empty
+    one = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache-one"))
+        patch.setattr("sys.argv", ["gamma_po"])
+        for name, options in METHODS.items():
+            alone = [*options, *odd, "--data.eval_batch_size", "2"]
+            one[name] = fit(tiny_model_path, tiny_data, root / "one" / name, alone)
+    sharded = {name: [*options, *odd, *FLAT] for name, options in METHODS.items()}
+    sharded["full"] += SHARDS
+    for name in ("full", "copy"):
+        start = f"glob:{root}/two/{name}/runs/run/*/checkpoints/*step={MIDDLE}.ckpt"
+        trusted = ["--weights_only", str(name == "copy").lower()]
+        sharded[f"{name}-resumed"] = [*sharded[name], "--ckpt_path", start, *trusted]
+    commands = {
+        name: ["fit", *arguments(tiny_model_path, tiny_data, root / "two" / name, options)]
+        for name, options in sharded.items()
+    }
+    (root / "commands.json").write_text(json.dumps(commands))
+    (root / "script.py").write_text(SCRIPT)
+    said = two_processes(
+        [str(root / "script.py"), str(root / "commands.json")], ROOT=str(root), XDG_CACHE_HOME=str(root / "cache-two")
+    )
+    two = {name: next((root / "two" / name / "runs" / "run").iterdir()) for name in sharded}
+    return Runs(one=one, two=two, root=root, said=said)
+
+
+EXACT = {"full": STEPS, "copy": STEPS, "adapters_off": 4}  # name to steps
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_processes_see_the_losses_margins_and_gradients_of_one(runs: Runs, name: str) -> None:
+    one, two = pairs_by_step(runs.one[name]), pairs_by_step(runs.two[name])
+    assert len(one) == EXACT[name] and one.keys() == two.keys()
+    for step, rows in one.items():
+        assert rows.keys() == two[step].keys() and len(rows) == 4
+        for row, expected in rows.items():
+            assert two[step][row] == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    norms = steps_of(runs.one[name], "train/grad_norm")
+    assert min(norms) > CLIP  # every step is clipped
+    assert steps_of(runs.two[name], "train/grad_norm") == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_weights_that_the_first_process_exports_are_those_of_one(runs: Runs, name: str) -> None:
+    one, two = exported(runs.one[name]), exported(runs.two[name])
+    assert one.keys() == two.keys()
+    assert {key: (value.shape, value.dtype) for key, value in one.items()} == {
+        key: (value.shape, value.dtype) for key, value in two.items()
+    }
+    flat_one, flat_two = (torch.cat([state[key].double().flatten() for key in sorted(state)]) for state in (one, two))
+    assert float((flat_one - flat_two).norm() / flat_one.norm()) < WEIGHT_TOLERANCE
+
+
+def test_each_process_holds_its_part_of_the_weights_and_the_whole_history_of_the_margin(runs: Runs) -> None:
+    first, second = (torch.load(runs.root / "full" / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    whole = sum(value.numel() for value in exported(runs.two["full"]).values())  # tied weights once
+    assert first["here"] + second["here"] == whole
+    assert first["here"] == pytest.approx(whole / 2, rel=0.01)  # flat tensors are filled up to even lengths
+    histories = [rank["margin_state"]["reward_margin"] for rank in (first, second)]
+    assert torch.equal(*histories) and histories[0].shape == (20,)
+    alone = torch.load(runs.one["full"] / "checkpoints" / "last.ckpt", weights_only=True)["margin_state"]
+    torch.testing.assert_close(histories[0], alone["reward_margin"], rtol=0, atol=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["full", "copy"])
+def test_validation_of_an_uneven_number_of_rows_counts_each_once(runs: Runs, name: str) -> None:
+    for metric in ("val/loss", "val/rewards/margins", "val/accuracy/policy", "val/logps/chosen"):
+        expected = steps_of(runs.one[name], metric)
+        assert len(expected) == EPOCHS
+        assert steps_of(runs.two[name], metric) == pytest.approx(expected, abs=LOSS_TOLERANCE, rel=1e-5)
+
+
+def test_the_gradient_is_clipped_by_the_norm_over_all_parts(runs: Runs) -> None:
+    # The adapters' B starts at 0, where A has no gradient: a clipped step of SGD gives B the norm lr · clip.
+    (first,) = (runs.two["adapters_off"] / "checkpoints").glob("*step=1.ckpt")
+    state = torch.load(first, weights_only=True)["state_dict"]
+    norm = math.hypot(*(float(value.norm()) for name, value in state.items() if "lora_B" in name))
+    assert norm == pytest.approx(LR * CLIP, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["full", "copy"])
+def test_a_run_resumed_from_shards_or_from_one_file_ends_with_the_same_bits(runs: Runs, name: str) -> None:
+    whole, resumed = runs.two[name], runs.two[f"{name}-resumed"]
+    checkpoints = {path.name: path.is_dir() for path in (whole / "checkpoints").glob("epoch*")}
+    assert set(checkpoints.values()) == {name == "full"}
+    assert steps_of(resumed, "train/loss") == steps_of(whole, "train/loss")[MIDDLE:]
+    before, after = pairs_by_step(whole), pairs_by_step(resumed)
+    assert after == {step: rows for step, rows in before.items() if step > MIDDLE}
+    assert_identical(exported(whole), exported(resumed))
+
+
+def test_a_checkpoint_of_adapters_has_the_names_and_shapes_of_one_process(runs: Runs) -> None:
+    one, two = (
+        torch.load(folder["copy"] / "checkpoints" / "last.ckpt", weights_only=True) for folder in (runs.one, runs.two)
+    )
+    assert one["trained_weights"] == two["trained_weights"]
+    assert {key: value.shape for key, value in one["state_dict"].items()} == {
+        key: value.shape for key, value in two["state_dict"].items()
+    }
+    assert all("lora_" in key for key in two["state_dict"])
+
+
+def test_weights_gathered_in_bfloat16_give_nearly_the_same_losses(runs: Runs) -> None:
+    expected = steps_of(runs.one["bf16"], "train/loss")
+    assert len(expected) == 2
+    assert steps_of(runs.two["bf16"], "train/loss") == pytest.approx(expected, abs=BF16_TOLERANCE)
+    assert steps_of(runs.two["bf16"], "train/loss")[1] != steps_of(runs.two["full"], "train/loss")[1]
+
+
+READS = """
+import sys
+from pathlib import Path
+
+import torch
+
+from gamma_po.flat_sharding import parameter_counts, shard_flat
+from gamma_po.policies import ModelConfig, load_parts
+from gamma_po.scorer import CompletionScorer
+
+torch.distributed.init_process_group("gloo")
+
+
+def status(name):
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return 1024 * int(line.split()[1])
+
+
+Path("/proc/self/clear_refs").write_text("5")  # forgets the highest use so far
+before = status("VmRSS")
+scorer = shard_flat(CompletionScorer(load_parts(ModelConfig(path=sys.argv[1]))), torch.device("cpu"), "32-true")
+peak, (_, parameters) = status("VmHWM") - before, parameter_counts(scorer)
+Path(f"{sys.argv[0]}.peak{torch.distributed.get_rank()}").write_text(f"{peak} {4 * parameters}")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_while_it_reads_a_model_no_process_holds_all_of_it(tmp_path: Path) -> None:
+    large = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}  # 252 MB
+    tiny_model(**large).save_pretrained(tmp_path / "large")
+    (tmp_path / "reads.py").write_text(READS)
+    # Else the C library keeps what is freed between the parts that stay, and counts as much again.
+    two_processes([str(tmp_path / "reads.py"), str(tmp_path / "large")], MALLOC_MMAP_THRESHOLD_="262144")
+    for rank in (0, 1):
+        peak, whole = map(int, (tmp_path / f"reads.py.peak{rank}").read_text().split())
+        assert whole > 250e6 and peak < SHARE * whole, (peak, whole)
+
+
+REFUSED = {
+    "cpu_offload=True": {"cpu_offload": True},
+    "sharding_strategy=": {"sharding_strategy": "HYBRID_SHARD", "device_mesh": (1, 2)},
+    "auto_wrap_policy=": {"auto_wrap_policy": {torch.nn.Linear}},
+    "mixed_precision=": {"mixed_precision": MixedPrecision()},
+    "activation_checkpointing_policy=": {"activation_checkpointing_policy": {torch.nn.Linear}},
+    "use_orig_params=False": {"use_orig_params": False},
+    "limit_all_gathers=False": {"limit_all_gathers": False},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_an_option_of_the_strategy_that_would_be_ignored_is_refused(said: str) -> None:
+    with pytest.raises(ConfigError, match=f"FSDPStrategy with {said}.*allowed: "):
+        check_flat_sharding(ModelConfig(path="anything"), FSDPStrategy(**REFUSED[said]), "32-true", processes=2)
+
+
+def test_one_process_several_dtypes_and_half_precision_are_refused_with_what_is_allowed() -> None:
+    strategy, config = FSDPStrategy(state_dict_type="sharded"), ModelConfig(path="anything")
+    check_flat_sharding(config, strategy, "bf16-mixed", processes=2)
+    with pytest.raises(ConfigError, match=r"precision.*bf16-true.*32-true, bf16-mixed"):
+        check_flat_sharding(config, strategy, "bf16-true", processes=2)
+    with pytest.raises(ConfigError, match=r"dtype=bfloat16.*FSDPStrategy.*float32.*ModelParallelStrategy"):
+        check_flat_sharding(ModelConfig(path="anything", dtype="bfloat16"), strategy, "bf16-mixed", processes=2)
+    with pytest.raises(ConfigError, match=r"quantization=nf4.*FSDPStrategy"):
+        check_flat_sharding(SimpleNamespace(quantization="nf4", dtype="float32"), strategy, "32-true", processes=2)
+    with pytest.raises(ConfigError, match=r"FSDPStrategy.*one process.*several devices"):
+        check_flat_sharding(config, strategy, "32-true", processes=1)
+
+
+UNPICKLED: list[str] = []
+
+
+def notice(what: str) -> None:
+    """Called by a checkpoint that is unpickled."""
+    UNPICKLED.append(what)
+
+
+class RunsCode:
+    """An object whose unpickling is noticed."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return notice, ("code",)
+
+
+def test_a_checkpoint_that_holds_code_is_refused_though_lightning_would_unpickle_it(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "extra": RunsCode()}, tmp_path / "evil.ckpt")
+    strategy = FSDPStrategyOnCPU()
+    strategy.connect(LightningModule())
+    strategy.load_checkpoint(tmp_path / "evil.ckpt", weights_only=True)
+    assert UNPICKLED.pop() == "code"  # Lightning alone
+    load_plain_files_only(strategy)
+    with pytest.raises(ConfigError, match="can run code"):
+        strategy.load_checkpoint(tmp_path / "evil.ckpt")
+    assert not UNPICKLED
