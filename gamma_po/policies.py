@@ -180,7 +180,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         )
     except LOAD_ERRORS as error:
         raise ConfigError(f"no model could be loaded from {config.path!r}: {_first_line(error)}") from error
-    if hasattr(model.config, "quantization_config") and model.config.quantization_config.quant_method == "gguf":
+    if _is_gguf(config):
         model = _rebuilt_without_gguf(model)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers follows an adapter on the hub to its base
         raise _is_an_adapter(config)
@@ -353,7 +353,8 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
 def _rebuilt_without_gguf(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that transformers agrees to save."""
     config = copy.deepcopy(model.config)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     config._name_or_path = ""
     rebuilt = AutoModelForCausalLM.from_config(
         config, dtype=model.dtype, attn_implementation=model.config._attn_implementation

@@ -46,14 +46,15 @@ def frontier_figure(study: Study) -> Figure:
     rows = [row for row in study.rows if row["stage"] in ("arms", "control", "evaluation")]
     figure, panels = _panels(rows)
     kls = sorted(float(name[len("win_rate_kl") :]) for name in rows[0] if name.startswith("win_rate_kl"))
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    arms, named = list(dict.fromkeys(row["arm"] for row in rows)), set()
     for (rho, flips), axes in panels.items():
         for number, arm in enumerate(arms):
             own = [row for row in rows if (row["arm"], row["rho"], row["flip_rate"]) == (arm, rho, flips)]
             if not own:
                 continue
             colour, dashes, marker = style(number, len(arms))
-            label = arm if axes is next(iter(panels.values())) else None
+            label = None if arm in named else arm  # some arms are in the panels with flips only
+            named.add(arm)
             line = [_mean([row[f"win_rate_kl{kl:g}"] for row in own]) for kl in kls]
             axes.plot(kls, line, linestyle=dashes, color=colour, lw=1, alpha=0.7)
             point = _mean([row["kl"] for row in own]), _mean([row["win_rate"] for row in own])
@@ -72,12 +73,14 @@ def weight_figure(study: Study) -> Figure:
     flips = sorted({cell[2] for cell in study.traces})
     figure = Figure(figsize=(3.6 * len(flips) + 2.4, max(SMALLEST_HEIGHT / 1.5, 2.8 * len(rhos))), layout="constrained")
     grid = figure.subplots(len(rhos), len(flips), squeeze=False, sharey=True)
+    named = set()
     for (arm, rho, rate), trace in study.traces.items():
         axes = grid[rhos.index(rho), flips.index(rate)]
         axes.set_title(place(rho, rate), fontsize=FONT)
         names = sorted({cell[0] for cell in study.traces})
         colour = style(names.index(arm), len(names))[0]
-        first = axes is grid[0, 0]
+        first = arm not in named
+        named.add(arm)
         h, weight = _binned(trace)
         axes.plot(h, weight, "-", color=colour, lw=1.5, label=arm if first else None)
         if (arm, rho, rate) in study.slopes:

@@ -377,6 +377,26 @@ def test_no_room_for_the_reference_cache_is_found_before_anything_is_scored(
     assert f"data.cache_dir: {folder} has 1 MiB free" in message and "set data.cache_dir to another folder" in message
 
 
+def test_a_limit_that_ends_inside_a_step_of_unlike_micro_batches_is_refused(refused: Fit) -> None:
+    cut = ["--data.length_window", "1", "--data.batch_size", "2", "--trainer.accumulate_grad_batches", "3"]
+    message = refused(*cut, "--trainer.limit_train_batches", "5", "--trainer.max_epochs", "1")
+    assert "takes 5 micro-batches, which ends inside a step of 3" in message
+    assert "allowed: a multiple of trainer.accumulate_grad_batches=3, or data.limit_train" in message
+
+
+def test_a_pair_beyond_which_rotary_embeddings_change_with_its_neighbours_is_refused(
+    refused: Fit, tiny_model_path: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model_path, tmp_path / "dynamic")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config["max_position_embeddings"] = 8
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused("--model.policy.path", str(folder))
+    assert "positions; beyond 8 the model's rotary embedding changes with the longest sequence" in message
+    assert "allowed: data.tokenization.max_length of at most 8" in message
+
+
 DPO_FILE = "model: {loss: {class_path: DPO, init_args: {beta: 0.3}}, margin: {class_path: KL, init_args: {tau: 2}}}"
 NAMES = ("--model.loss", "--model.margin")
 

@@ -306,7 +306,7 @@ def test_a_calibration_reports_every_strength_and_keeps_to_the_rule(root: Path, 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_notebook_reads_the_folder_of_any_study(root: Path) -> None:
     notebook = nbformat.read(ROOT / "notebooks" / "04_lm_ablation.ipynb", as_version=4)
-    line = 'FOLDER = Path("experiments/studies/sentiment_miniature")'
+    line = 'FOLDER = Path("experiments/studies/sentiment")'
     changed = [cell for cell in notebook.cells if line in cell.source]
     assert len(changed) == 1
     changed[0].source = changed[0].source.replace(line, f'FOLDER = Path("{root / "out"}")')
@@ -315,7 +315,7 @@ def test_the_notebook_reads_the_folder_of_any_study(root: Path) -> None:
     assert f"{2 * len(ARMS)} runs: {', '.join(ARMS)}" in printed and str(root / "train.jsonl") in printed
 
 
-@pytest.mark.parametrize("name", ["sentiment", "sentiment_gpu", "sentiment_miniature", "alpacaeval_lm"])
+@pytest.mark.parametrize("name", ["sentiment", "sentiment_gpu", "alpacaeval_lm"])
 def test_the_shipped_studies_are_lists_of_runs_that_fit_understands(
     name: str, tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +324,7 @@ def test_the_shipped_studies_are_lists_of_runs_that_fit_understands(
     units = plan(parse(LanguageOptions, words, "study lm"), tmp_path / "out")
     first = {unit[0].arm: unit[0] for unit in reversed(units)}
     methods = {json.dumps(run.config["model"], sort_keys=True): run for run in first.values()}
-    assert len(methods) >= (2 if name == "sentiment_miniature" else 6)
+    assert len(methods) >= 6
     for run in methods.values():  # the rest of their options is the same
         loss, margin = (built(run.config["model"][part]) for part in ("loss", "margin"))
         assert margin.bind(loss) is not None

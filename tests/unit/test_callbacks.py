@@ -66,6 +66,7 @@ class Policy(LightningModule):
     ) -> None:
         super().__init__()
         self.weights = nn.Parameter(torch.tensor([0.1, -0.2]))
+        self.policy = None  # no model whose weights could be sharded
         self.ranks = ranks or Local()
         self.margin = SimpleNamespace(gamma0=3.0, tau=4.0)
         self.spoil = spoil or (lambda output, index: output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from gamma_po.losses import DPO, IPO, KTOPair, SimPO, build_loss
 from gamma_po.margins import KL, Fixed, Map, NoMargin, Reverse, Shuffled, build_margin
 from gamma_po.margins.ablations import reversed_ranks
 from gamma_po.studies.bandit import Bandit
+from gamma_po.studies.figures import frontier_figure
 from gamma_po.studies.measures import Judge
 from gamma_po.studies.network import scores, with_constant
 from gamma_po.studies.settings import Setting
@@ -285,3 +287,10 @@ def test_a_run_alone_is_what_it_is_among_many(worlds):
     x = with_constant(worlds.held_out.features.flatten(1, 2))
     many, alone = (scores(train(worlds, chosen, HOW).network, x) for chosen in (settings, settings[2:3]))
     assert (centred(many[:, 2]) - centred(alone[:, 0])).abs().max() < SAME_SCORES
+
+
+def test_the_frontier_names_every_arm_once_also_those_that_need_flips() -> None:
+    measured = {"stage": "arms", "rho": 0.5, "win_rate_kl1": 0.6, "kl": 1.0, "win_rate": 0.6}
+    rows = [measured | {"arm": arm, "flip_rate": rate} for arm, rate in (("dpo", 0.0), ("dpo", 0.4), ("oracle", 0.4))]
+    figure = frontier_figure(SimpleNamespace(rows=rows))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dpo", "oracle"]
