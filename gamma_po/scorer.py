@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from gamma_po.layouts import LAYOUTS
 from gamma_po.logps import Logits, TokenLogps, completion_token_logps
 from gamma_po.miniatures import miniature
 from gamma_po.types import ModelInput, PairLogps
+
+log = logging.getLogger(__name__)
 
 LAYERS_IN_SEGMENTS, ATTENTION_IN_SEGMENTS = {"full_attention", "sliding_attention"}, ("sdpa", "eager")
 PROBE_LENGTHS = (5, 3, 4)  # of prompt, chosen, rejected
@@ -112,6 +115,8 @@ def check_layout(layout: str, model: PreTrainedModel, attention: str) -> None:
     """
     reason = _why_no_segments(model, attention) if layout != "padded" else None
     tried = [] if reason is not None else _to_be_tried(model, attention)
+    if reason is None and not tried:
+        log.warning("%s: how it is scored was not tried, as its weights are not loaded yet", model.config.model_type)
     for candidate in tried:
         wrong = _differs_from_logits("padded", candidate)
         if wrong is not None:

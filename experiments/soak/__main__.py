@@ -5,7 +5,7 @@
 
 The soak of the project, SmolLM2 on a CPU (about 30 minutes of training, kills included):
 
-    python -m experiments.soak --work /tmp/soak --minutes 30 --mean 60 -- --config experiments/quickstart.yaml \
+    python -m experiments.soak --work runs/soak --minutes 30 --mean 60 -- --config experiments/quickstart.yaml \
         --trainer.max_epochs -1 --trainer.max_steps 120 --checkpoint.every_n_train_steps 5 --checkpoint.monitor null
 
 Every attempt is the same command with `--ckpt_path last`. After each kill all checkpoints and caches must be whole. At

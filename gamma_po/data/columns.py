@@ -37,9 +37,10 @@ class Columns:
             whole conversations.
         chosen: the better completion: text, one assistant message, or the whole conversation.
         rejected: the worse completion.
-        system: a system message to put before the prompt, where the row has such a column; null to leave it unread.
-        tools: descriptions of the tools that the assistant may call, part of the prompt, where the row has such a
-            column: a list of objects, or the same as JSON text; null to leave it unread.
+        system: a system message to put before the prompt; null to leave it unread. Rows need not have a column of
+            the default name; one of another name must be in each of them.
+        tools: descriptions of the tools that the assistant may call, part of the prompt: a list of objects, or the
+            same as JSON text; null and columns as for `system`.
         margin: a finite number to carry along with each pair (e.g. a rating gap), or a list of scores, of which
             the best minus the worst is taken; null for none.
         margin_minus: a column to subtract from `margin`: the rejected completion's rating where `margin` is the

@@ -162,7 +162,7 @@ class Encoder:
         self._find_form_of_arguments(messages, location)
         head = self._chat_text(messages, None, location)
         whole = self._chat_text(messages, "markofanswer", location)
-        if any(tool["function"]["name"] not in head for tool in messages[0].get("tools", ())):
+        if any(mark not in head for tool in messages[0].get("tools", ()) for mark in _marks_of(tool)):
             raise DataError(
                 f"{location}: the chat template has no place for descriptions of tools in a conversation with the "
                 f"roles {', '.join(roles)}; allowed: a template that writes them, or columns.tools: null, which "
@@ -300,6 +300,12 @@ def _marked_tool(mark: str) -> dict[str, Any]:
     argument = {"type": "string", "description": f"{mark}argument"}
     parameters = {"type": "object", "properties": {"argument": argument}, "required": ["argument"]}
     return {"type": "function", "function": {"name": mark, "description": f"{mark}does", "parameters": parameters}}
+
+
+def _marks_of(tool: dict[str, Any]) -> tuple[str, str, str]:
+    """What a template must write of a `_marked_tool`: its name, what it does, and what its argument is."""
+    name = tool["function"]["name"]
+    return name, f"{name}does", f"{name}argument"
 
 
 def _rendered(text: str, frame: _Frame, bos: str) -> str | None:

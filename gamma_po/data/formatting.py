@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -254,7 +254,7 @@ def _shared_prompt(
 
 def _with_system(row: Row, columns: Columns, prompt: Prompt) -> Prompt:
     """The prompt after the system message of a column of its own, unless it begins with it."""
-    text = None if columns.system is None else row.values.get(columns.system)
+    text = _of_named_column(row, columns.system, "system")
     if text is None or text == "":
         return prompt
     if not isinstance(text, str):
@@ -273,12 +273,19 @@ def _with_system(row: Row, columns: Columns, prompt: Prompt) -> Prompt:
 
 def _with_tools(row: Row, columns: Columns, prompt: Prompt) -> Prompt:
     """The prompt whose first message carries the tools of a column of its own, if there are any."""
-    value = None if columns.tools is None else row.values.get(columns.tools)
+    value = _of_named_column(row, columns.tools, "tools")
     tools = described_tools(value, f"{row.location}: column {columns.tools!r}")
     if not tools:
         return prompt
     first, *others = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
     return ({**first, "tools": tools}, *others)
+
+
+def _of_named_column(row: Row, column: str | None, default: str) -> Any:
+    """What a column holds that rows need not have, unless it was named: then a misspelt name must not pass."""
+    if column not in (None, default) and column not in row.values:
+        raise missing(row, column, f"as data.columns.{default} names it; null where a row has nothing to say")
+    return None if column is None else row.values.get(column)
 
 
 def _check_prompt_turns(row: Row, prompt: Sequence[Message]) -> None:

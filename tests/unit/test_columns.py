@@ -247,6 +247,8 @@ CALL, ANSWERS = {"role": "assistant", "content": ""}, {"chosen": "x", "rejected"
             "objects and lists in one another; allowed: 100 levels",
         ),
         ({"prompt": [TURN, {**CALL, "thinking": "hm"}], **ANSWERS}, {}, "thinking is not read"),
+        ({"prompt": "q", **ANSWERS}, {"tools": "functions"}, "no column 'functions' (as data.columns.tools names it"),
+        ({"prompt": "q", **ANSWERS}, {"system": "sytem"}, "no column 'sytem' (as data.columns.system names it"),
         ({"instruction": "a", "input": "b", "history": "c", "chosen": "x", "rejected": "y"}, {}, "'history' must hold"),
         ({"instruction": "a", "input": ["b"], "chosen": "x", "rejected": "y"}, {}, "'input' must hold text"),
         ({"text": "q", "label": 1}, {}, "no column 'chosen'; columns there: text, label"),

@@ -776,6 +776,7 @@ WITH_TOOLS = (
 )
 TOOLS_OF_LAST = WITH_TOOLS.replace("{% if tools %}", "{% if tools and messages[0].role == 'system' %}")
 FIRST_TOOL = WITH_TOOLS.replace("for t in tools", "for t in tools[:1]")
+NAMES_ONLY = WITH_TOOLS.replace("t | tojson", "t.function.name")
 MENTIONS_TOOLS = "{% if tools %}You have tools.\n{% endif %}" + CHATML
 
 
@@ -818,6 +819,7 @@ def test_prompts_with_and_without_tools_stand_side_by_side() -> None:
         (CHATML, with_tools(tool("add"))),
         (MENTIONS_TOOLS, with_tools(tool("tools"))),  # the text changes, but does not say which
         (FIRST_TOOL, with_tools(tool("add"), tool("stop"))),
+        (NAMES_ONLY, with_tools(tool("add"))),  # what it does is lost
         (TOOLS_OF_LAST, with_tools(tool("add"))),  # there is a place, but not in a conversation like this
     ],
 )
