@@ -32,7 +32,7 @@ from gamma_po.scorer import CompletionScorer
 from gamma_po.types import PairLogps, PreferenceBatch
 from tests import oracle
 from tests.contracts import on_two_ranks, tiny_dataset
-from tests.runs import run, steps_of
+from tests.runs import fit, run, steps_of
 from tests.tiny import tiny_model
 
 LOGP_TOLERANCE = 1e-4  # nats per sequence, float32 against float64
@@ -101,6 +101,30 @@ def test_other_weights_tokens_precision_attention_or_layout_are_scored_anew(
         run("fit", tiny_model_path, tiny_data, tmp_path, [*STEP, *change])
         assert sorted(scored) == sorted([32, 10, 11] * number), change
     assert len(cache_folders(tmp_path)) == 7  # other tokens lie in the folder of the same reference
+
+
+def test_the_policy_s_own_dtype_is_no_part_of_the_key_where_the_reference_is_another_model(
+    scored: list[int], tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    reference = ["--model.reference_model.path", tiny_model_path, "--model.reference_model.dtype", "float32"]
+    run("fit", tiny_model_path, tiny_data, tmp_path, [*STEP, *reference])
+    run("fit", tiny_model_path, tiny_data, tmp_path, [*STEP, *reference, "--model.policy.dtype", "bfloat16"])
+    assert sorted(scored) == [10, 11, 32]
+    run("fit", tiny_model_path, tiny_data, tmp_path, [*STEP, *reference[:3], "bfloat16"])
+    assert sorted(scored) == sorted([10, 11, 32] * 2)
+
+
+def test_cached_and_copied_reference_agree_in_a_dtype_that_is_not_the_policy_s(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    def losses(source: str, dtype: str) -> torch.Tensor:
+        options = ["--model.policy.dtype", "bfloat16", "--model.reference", source, "--model.loss.beta", "50"]
+        options += ["--model.reference_model.path", tiny_model_path, "--model.reference_model.dtype", dtype]
+        return torch.tensor(steps_of(fit(tiny_model_path, tiny_data, tmp_path, [*STEP, *options]), "train/loss"))
+
+    cached_losses, copied, other = losses("cached", "float32"), losses("copy", "float32"), losses("copy", "bfloat16")
+    torch.testing.assert_close(cached_losses, copied, rtol=0, atol=5 * ROUNDING)  # times β
+    assert (copied - other).abs().max() > 30 * ROUNDING
 
 
 class Scorer:
