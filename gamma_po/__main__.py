@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 
 USAGE = """\
 usage: python -m gamma_po COMMAND [options]
@@ -25,7 +26,7 @@ After training (a policy is a run directory, a checkpoint, an exported folder, o
   evaluate   pair accuracy of implicit rewards by subset; win rates from a judge's annotations
 
 Studies:
-  study      does γ help? `study bandit`, `alpacaeval`, `lm`: arms, controls, intervals, verdicts; `study calibrate`
+  study      does γ help? `study bandit`, `alpacaeval`, `lm`, `tune`: arms, controls, verdicts; `study calibrate`
 
 Looking things up:
   losses     the losses: formula, options with defaults, paper
@@ -39,6 +40,11 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 TABLE_COMMANDS = ("losses", "margins", "presets")
 OWN_COMMANDS = ("inspect", "generate", "export", "evaluate", "study")  # a file each in gamma_po/commands
 
+OF_LIBRARIES = (  # what they say about each other: nobody who runs a command can do anything about it
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning 2.6 about torch 2.13
+    "`is_gradient_checkpointing` is deprecated",  # peft 0.21 about transformers 5.23
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status."""
@@ -47,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(USAGE)
         return 0
     command = arguments[0]
+    for message in OF_LIBRARIES:
+        warnings.filterwarnings("ignore", message=message)
     if command in TABLE_COMMANDS:
         from gamma_po.tables import write_table
 

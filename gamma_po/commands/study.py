@@ -14,6 +14,7 @@ from rich.console import Console
 from gamma_po.commands.arguments import guarded, parse
 from gamma_po.commands.study_calibrate import CalibrateOptions, run_calibration
 from gamma_po.commands.study_lm import LanguageOptions, run_language_study
+from gamma_po.commands.study_tune import TuneOptions, run_tuned_study
 from gamma_po.errors import require
 from gamma_po.studies.alpacaeval import AlpacaEval
 from gamma_po.studies.bandit import Bandit
@@ -22,7 +23,8 @@ from gamma_po.studies.report import new_folder, print_study, write_study
 from gamma_po.studies.running import Testbed, available_workers
 
 USAGE = (
-    "usage: python -m gamma_po study bandit|alpacaeval|lm|calibrate [options]; --help after any of them lists them\n"
+    "usage: python -m gamma_po study bandit|alpacaeval|lm|tune|calibrate [options]; "
+    "--help after any of them lists them\n"
 )
 
 
@@ -66,8 +68,8 @@ class AlpacaEvalOptions(BanditOptions):
 
 
 def main(arguments: list[str]) -> int:
-    """Run `study bandit`, `alpacaeval`, `lm` or `calibrate`; 1 if a check of the study failed."""
-    if not arguments or arguments[0] not in ("bandit", "alpacaeval", "lm", "calibrate"):
+    """Run `study bandit`, `alpacaeval`, `lm`, `tune` or `calibrate`; 1 if a check of the study failed."""
+    if not arguments or arguments[0] not in ("bandit", "alpacaeval", "lm", "tune", "calibrate"):
         (sys.stdout if arguments[:1] in (["--help"], ["-h"]) else sys.stderr).write(USAGE)
         return 0 if arguments[:1] in (["--help"], ["-h"]) else 2
     testbed, rest = arguments[0], arguments[1:]
@@ -75,8 +77,9 @@ def main(arguments: list[str]) -> int:
         calibration = parse(CalibrateOptions, rest, "study calibrate")
         return guarded(lambda: run_calibration(calibration))
     if testbed == "lm":
-        language = parse(LanguageOptions, rest, "study lm")
-        return guarded(lambda: run_language_study(language, arguments))
+        return guarded(lambda: run_language_study(parse(LanguageOptions, rest, "study lm"), arguments))
+    if testbed == "tune":
+        return guarded(lambda: run_tuned_study(parse(TuneOptions, rest, "study tune"), arguments))
     if "--preset=list" in rest or ("--preset", "list") in itertools.pairwise(rest):
         listed = {name: text for name, (text, _) in PRESETS.items()} | ELSEWHERE
         sys.stdout.write("".join(f"{name:10} {text}\n" for name, text in listed.items()))

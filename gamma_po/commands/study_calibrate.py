@@ -15,8 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gamma_po.commands.study_lm import INTERRUPTED, execute, slots
-from gamma_po.errors import ConfigError, require
+from gamma_po.commands.study_lm import carry_out, check_workers
+from gamma_po.errors import ConfigError
 from gamma_po.files import write_text
 from gamma_po.studies.calibration import STRENGTHS, check_strengths, choose
 from gamma_po.studies.lm_folder import check_same_study
@@ -58,7 +58,7 @@ def run_calibration(options: CalibrateOptions) -> int:
     Returns:
         0; 1 if a run failed; 130 if interrupted.
     """
-    require(options.workers is None or options.workers >= 1, "workers", options.workers, "an integer >= 1")
+    check_workers(options.workers)
     check_strengths(options.strengths)
     study, folder = calibration_study(options), Path(options.output).expanduser().resolve()
     units = plan(study, folder, options.device)
@@ -66,11 +66,8 @@ def run_calibration(options: CalibrateOptions) -> int:
     if margin is None or margin.rpartition(".")[2] != "Map":
         raise ConfigError(f"fit={options.fit!r} has the margin {margin}; allowed: Map, whose strength is calibrated")
     check_same_study(study, units, folder, options.device)
-    failed = execute(study, units, folder, options.device, options.workers or slots(options.device))
-    for name, reason in failed.items():
-        sys.stderr.write(f"{name}: {reason}\n")
-    if failed:
-        return INTERRUPTED if "interrupted" in failed.values() else 1
+    if status := carry_out(study, units, folder, options.device, options.workers, None):
+        return status
     gaps, held_out = [], []
     for (run,) in units:
         row = read_result(folder, run)

@@ -36,6 +36,7 @@ from gamma_po.studies.lm_study import (
 )
 from gamma_po.studies.report import print_study, write_study, write_table
 from gamma_po.studies.running import available_workers, end_with_parent
+from gamma_po.studies.study import Study
 
 SHARD = re.compile(r"(\d+)/(\d+)")
 SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
@@ -76,22 +77,45 @@ def run_language_study(options: LanguageOptions, arguments: Sequence[str]) -> in
     Returns:
         0; 1 if a run or a check failed; 130 if interrupted.
     """
-    require(options.workers is None or options.workers >= 1, "workers", options.workers, "an integer >= 1")
+    check_workers(options.workers)
     names = [own.name for own in fields(LanguageStudy)]
     study = LanguageStudy(**{name: getattr(options, name) for name in names})
     folder, start = Path(options.output).expanduser().resolve(), time.monotonic()
     units = plan(study, folder, options.device)
     check_same_study(study, units, folder, options.device)
-    mine = units if options.shard is None else share_of(units, *shard_of(options.shard))
-    failed = execute(study, mine, folder, options.device, options.workers or slots(options.device))
+    if status := carry_out(study, units, folder, options.device, options.workers, options.shard):
+        return status
+    if options.shard is not None:
+        mine = share_of(units, *shard_of(options.shard))
+        sys.stdout.write(f"{len(mine)} of {len(units)} units are done; when all are, give no shard to compare\n")
+        return 0
+    return compared(collect(study, units, folder), folder, arguments, start)
+
+
+def check_workers(workers: int | None) -> None:
+    """Refuse a number of processes that is none."""
+    require(workers is None or workers >= 1, "workers", workers, "an integer >= 1")
+
+
+def carry_out(
+    study: LanguageStudy, units: Sequence[Unit], folder: Path, device: str, workers: int | None, shard: str | None
+) -> int:
+    """Run what has no result yet, or a share of it, and say what failed.
+
+    Returns:
+        0; 1 if a run failed; 130 if interrupted.
+    """
+    mine = units if shard is None else share_of(units, *shard_of(shard))
+    failed = execute(study, mine, folder, device, workers or slots(device))
     for name, reason in failed.items():
         sys.stderr.write(f"{name}: {reason}\n")
     if failed:
         return INTERRUPTED if "interrupted" in failed.values() else 1
-    if options.shard is not None:
-        sys.stdout.write(f"{len(mine)} of {len(units)} units are done; when all are, give no shard to compare\n")
-        return 0
-    result = collect(study, units, folder)
+    return 0
+
+
+def compared(result: Study, folder: Path, arguments: Sequence[str], start: float) -> int:
+    """Print and write a finished study; return 1 if a check failed, else 0."""
     print_study(result, Console())
     write_study(result, folder, ["python", "-m", "gamma_po", "study", *arguments], time.monotonic() - start)
     write_table(training_pairs(result.rows, folder), folder / "pairs.parquet")

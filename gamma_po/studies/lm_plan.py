@@ -52,7 +52,7 @@ def _check_control(name: str, arm: LanguageArm) -> None:
         require(value == unset, f"arms.{name}.{key}", value, allowed)
 
 
-def _check_names(owner: str, options: Mapping[str, Any]) -> None:
+def check_names(owner: str, options: Mapping[str, Any]) -> None:
     """Refuse to replace a whole section, as `--set.data.train FILE` would: it is read as set: {data: {train: FILE}}."""
     for key in options:
         allowed = f"dotted names such as {key}.NAME, in YAML; {key} alone would replace the whole section"
@@ -95,13 +95,13 @@ class LanguageStudy:
         require(len(self.arms) >= 1, "arms", self.arms, "at least one arm, the base loss")
         allowed = "at least one KL, unless gold_columns is []"
         require(bool(self.kls) or not self.gold_columns, "kls", self.kls, allowed)
-        _check_names("set", self.set)
+        check_names("set", self.set)
         for name in self.only or ():
             require(name in self.arms, "only", name, ", ".join(self.arms))
         allowed = f"a list with {next(iter(self.arms))!r}, the base loss, which the checks compare with"
         require(self.only is None or next(iter(self.arms)) in self.only, "only", self.only, allowed)
         for name, arm in self.chosen.items():
-            _check_names(f"arms.{name}.set", arm.set)
+            check_names(f"arms.{name}.set", arm.set)
             for other in arm.against:
                 require(other in self.arms, f"arms.{name}.against", other, ", ".join(self.arms))
             if arm.matched_to is not None:
@@ -151,13 +151,17 @@ class PlannedRun:
 Unit = tuple[PlannedRun, ...]  # a run and the controls that are fitted to it, in order
 
 
-def plan(study: LanguageStudy, folder: Path, device: str = "cpu") -> list[Unit]:
+def plan(
+    study: LanguageStudy, folder: Path, device: str = "cpu", *, first_seed: int = 0, cache: Path | None = None
+) -> list[Unit]:
     """Return all runs of a study, by seed, flip rate and arm: so that an interrupted study has whole seeds.
 
     Args:
         study: what is run.
         folder: of the study.
         device: cpu or gpu: every run has one of them.
+        first_seed: the seeds are this one and those that follow.
+        cache: folder of the reference's log-probabilities; by default in the study's folder.
 
     Raises:
         ConfigError: the configuration cannot be read, does not say how many steps a run has, or chooses among the
@@ -171,9 +175,10 @@ def plan(study: LanguageStudy, folder: Path, device: str = "cpu") -> list[Unit]:
     require(steps > 0, "trainer.max_steps (of the study's `fit` or `set`)", steps, allowed)
     for key, value in {"max_epochs": -1, "accelerator": device, "devices": 1}.items():
         put(common, f"trainer.{key}", value)
-    put(common, "data.cache_dir", str(folder / "cache"))
+    put(common, "data.cache_dir", str(cache or folder / "cache"))
     units = []
-    for seed, rate, (name, arm) in itertools.product(range(study.seeds), study.noise, study.chosen.items()):
+    seeds = range(first_seed, first_seed + study.seeds)
+    for seed, rate, (name, arm) in itertools.product(seeds, study.noise, study.chosen.items()):
         if arm.matched_to is None and rate in (study.noise if arm.noise is None else arm.noise):
             run = PlannedRun(
                 arm=name, flip_rate=rate, seed=seed, config=_derived(common, arm, rate, seed),

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from gamma_po.errors import require
 from gamma_po.losses import DPO, IPO, RobustDPO, SimPO
@@ -33,6 +33,15 @@ class Axis(NamedTuple):
         if value >= high and value * ratio < self.limit:
             return value * ratio
         return None
+
+
+class Gridded(Protocol):
+    """What has a grid."""
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """What is tuned; the first is β, the second the learning rate."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +201,7 @@ def methods(names: tuple[str, ...]) -> list[Method]:
     return [METHODS[name] for name in names]
 
 
-def neighbourhood(method: Method, best: Config) -> list[Config]:
+def neighbourhood(method: Gridded, best: Config) -> list[Config]:
     """Return the configurations one step beyond the ends of the grid at which `best` lies.
 
     The other options stay as they are, except that β and the learning rate, which can stand in for each other, are
@@ -203,15 +212,17 @@ def neighbourhood(method: Method, best: Config) -> list[Config]:
         outside = axis.extended(best[number])
         if outside is None:
             continue
+        moved = [*best[:number], outside, *best[number + 1 :]]
         partner = 0 if number == 1 else 1
+        if partner == len(best):  # a single option
+            found.append(tuple(moved))
+            continue
         for value in _near(method.axes[partner], best[partner]):
-            config = list(best)
-            config[number], config[partner] = outside, value
-            found.append(tuple(config))
+            found.append((*moved[:partner], value, *moved[partner + 1 :]))
     return list(dict.fromkeys(found))
 
 
-def at_edges(method: Method, best: Config, tried: set[Config]) -> list[str]:
+def at_edges(method: Gridded, best: Config, tried: set[Config]) -> list[str]:
     """Name the options whose best value is the smallest or largest that was tried."""
     found = []
     for number, axis in enumerate(method.axes):

@@ -184,7 +184,8 @@ def _tuned_table(study: Study) -> tuple[str, list[str], Rows]:
     for row in study.tuned:
         options = ", ".join(f"{name} {value:.3g}" for name, value in row["options"].items())
         tried = str(row["configurations"])
-        lines.append([row["arm"], f"{row['rho']:g}", f"{row['flip_rate']:g}", options, tried, row["at_edge"] or "-"])
+        rho = "-" if row["rho"] is None else f"{row['rho']:g}"
+        lines.append([row["arm"], rho, f"{row['flip_rate']:g}", options, tried, row["at_edge"] or "-"])
     header = ["method", "ρ", "flips", "tuned options", "configurations", "still at an edge"]
     return "tuned configurations", header, lines
 
