@@ -2,7 +2,7 @@
 
     python -m gamma_po study bandit --preset p1 --output runs/p1
     python -m gamma_po study bandit --preset calibrate --output runs/calibrate
-    python -m gamma_po study bandit --preset p2_core --flips "[0.4]" --rhos "[0.5, 0.75]" --output runs/p2
+    python -m gamma_po study bandit --preset p2 --output runs/p2
     python experiments/studies/readme_table.py runs/p1 runs/calibrate runs/p2
 
 A test holds the README to experiments/studies/readme_table.csv, which this writes.

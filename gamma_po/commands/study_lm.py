@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import multiprocessing
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 import yaml
@@ -235,6 +236,7 @@ def run_one(study: LanguageStudy, run: PlannedRun, folder: Path) -> str | None:
         log = during.enter_context(open(place / "log.txt", "a"))
         during.enter_context(contextlib.redirect_stdout(log))
         during.enter_context(contextlib.redirect_stderr(log))
+        during.enter_context(messages_go_to(log))
         during.enter_context(command_line(words))
         status = status_of(run_command, words)
     gc.collect()
@@ -260,6 +262,19 @@ def status_of(command: Callable[[list[str]], int], words: list[str]) -> int:
                 return INTERRUPTED
             cause = cause.__cause__ or cause.__context__
         return end.code if isinstance(end.code, int) else 1
+
+
+@contextlib.contextmanager
+def messages_go_to(file: TextIO) -> Iterator[None]:
+    """Let loggers write to a file what they would to the terminal: their handlers keep the stream they began with."""
+    loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
+    handlers = {handler for logger in loggers for handler in logger.handlers if type(handler) is logging.StreamHandler}
+    before = {handler: handler.setStream(file) for handler in handlers}
+    try:
+        yield
+    finally:
+        for handler, stream in before.items():
+            handler.setStream(stream or file)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -19,7 +21,7 @@ from gamma_po.__main__ import main
 from gamma_po.callbacks import histograms, plots
 from gamma_po.cli import PreferenceCLI
 from gamma_po.commands.arguments import parse
-from gamma_po.commands.study_lm import LanguageOptions, placed, shard_of
+from gamma_po.commands.study_lm import LanguageOptions, messages_go_to, placed, shard_of
 from gamma_po.errors import ConfigError
 from gamma_po.losses import LOSSES
 from gamma_po.margins import MARGINS
@@ -193,6 +195,18 @@ def test_a_finished_study_is_not_run_again_and_a_lost_result_alone_is(
     assert {k: v for k, v in again.items() if k not in changing} == {
         k: v for k, v in before.items() if k not in changing
     }
+
+
+def test_what_libraries_say_of_a_run_is_in_its_log_and_not_among_the_progress_bars(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    library = logging.getLogger("a_library")
+    library.addHandler(logging.StreamHandler(sys.stderr))
+    with (tmp_path / "log.txt").open("w") as file, messages_go_to(file):
+        library.warning("during")
+    library.warning("after")
+    assert capsys.readouterr().err == "after\n"
+    assert (tmp_path / "log.txt").read_text() == "during\n"
 
 
 def test_another_study_does_not_continue_in_the_same_folder(root: Path, capsys: pytest.CaptureFixture) -> None:
