@@ -269,12 +269,14 @@ def messages_go_to(file: TextIO) -> Iterator[None]:
     """Let loggers write to a file what they would to the terminal: their handlers keep the stream they began with."""
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
     handlers = {handler for logger in loggers for handler in logger.handlers if type(handler) is logging.StreamHandler}
-    before = {handler: handler.setStream(file) for handler in handlers}
+    before = {handler: handler.stream for handler in handlers}
     try:
+        for handler in handlers:
+            handler.stream = file
         yield
     finally:
         for handler, stream in before.items():
-            handler.setStream(stream or file)
+            handler.stream = stream
 
 
 @contextlib.contextmanager

@@ -200,11 +200,12 @@ def test_a_finished_study_is_not_run_again_and_a_lost_result_alone_is(
 def test_what_libraries_say_of_a_run_is_in_its_log_and_not_among_the_progress_bars(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    library = logging.getLogger("a_library")
-    library.addHandler(logging.StreamHandler(sys.stderr))
+    library, handler = logging.getLogger("a_library"), logging.StreamHandler(sys.stderr)
+    library.addHandler(handler)
     with (tmp_path / "log.txt").open("w") as file, messages_go_to(file):
         library.warning("during")
     library.warning("after")
+    library.removeHandler(handler)
     assert capsys.readouterr().err == "after\n"
     assert (tmp_path / "log.txt").read_text() == "during\n"
 
