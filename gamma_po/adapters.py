@@ -145,6 +145,19 @@ def check_tied(model: PeftModel, name: str) -> None:
             )
 
 
+def name_base(folder: Path, base: str) -> None:
+    """Say in an adapter's description which model it stands on, unless it says so.
+
+    Args:
+        folder: of the exported adapter.
+        base: as `model.policy.path` named it.
+    """
+    description = json.loads((folder / DESCRIPTION).read_text())
+    if not description.get("base_model_name_or_path"):
+        description["base_model_name_or_path"] = base
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
 def keep_start(folder: Path, start: str) -> None:
     """Copy the adapter below an exported one beside it, and say in its description that it comes first.
 

@@ -72,6 +72,14 @@ class StraightToFile(TorchCheckpointIO):
                 raise error.__context__ from None
             raise
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a file or a folder of shards, of which half would be left under its name by a process killed here."""
+        path, partial = Path(path), Path(f"{path}{PARTIAL}")
+        if path.exists():
+            _remove(partial)
+            path.rename(partial)
+            _remove(partial)
+
 
 def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> None:
     """Write a checkpoint whole or not at all, whatever ends this process at whatever moment. All ranks take part.

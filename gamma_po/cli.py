@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -52,7 +53,16 @@ RESUME = (
     "What a checkpoint (--ckpt_path) of other settings means. exact: refuse it if the training would not go on bit for "
     "bit as if it had not been interrupted. anyway: say what differs, and go on with what is given here."
 )
+DATA_FILES = ("data.train",)  # may be a list of settings, too; a file's name is not to be read as a file of settings
 log = logging.getLogger(__name__)
+
+
+def no_advertisement(record: logging.LogRecord) -> bool:
+    """Let pass what Lightning says, but for a product that it recommends at every start."""
+    return "litlogger" not in record.getMessage()
+
+
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
 
 
 class Parser(LightningArgumentParser):
@@ -64,10 +74,14 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Remember whose options these are, where the whole parser is for one class."""
+        """Remember whose options these are, where the whole parser is for one class; read no data as settings."""
         if nested_key is None:
             self.of_class = theclass
-        return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+        added = super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+        for action in self._actions:
+            if action.dest in DATA_FILES:
+                action._enable_path = False
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Exit with status 2 after the message and what is allowed."""
@@ -88,6 +102,11 @@ def _check_values(config: Any) -> None:
     seed, accumulate = config["seed_everything"], config["trainer"]["accumulate_grad_batches"]
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed_everything={seed}: give {SEEDS}")
+    accelerator = config["trainer"]["accelerator"]
+    if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise ConfigError(
+            f"trainer.accelerator={accelerator!r}: torch {torch.__version__} sees no GPU; allowed: auto, cpu"
+        )
     require(accumulate >= 1, "trainer.accumulate_grad_batches", accumulate, "an integer >= 1")
 
 

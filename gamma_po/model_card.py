@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,11 @@ import yaml
 
 from gamma_po.losses import LOSSES
 from gamma_po.margins import MARGINS
+from gamma_po.packages import PACKAGE_PREFIX
 from gamma_po.saved import Opened, run_config
 
+HUGGING_FACE, LOAD = "from transformers import AutoModelForCausalLM", "AutoModelForCausalLM.from_pretrained"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 METHOD = "[γ-PO](https://arxiv.org/abs/2506.03690)'s program `gamma_po`"
 MEASURES = {
     "accuracy_reference": "pair accuracy of the reference",
@@ -54,8 +58,9 @@ def model_card(name: str, opened: Opened, *, is_adapter: bool, steps: int) -> st
     """
     record, base = Record.of(opened.run), opened.start.path
     kind = "A LoRA adapter for" if is_adapter else "A model tuned from"
+    on_hub = HUB_NAME.fullmatch(base) and not base.endswith(".gguf") and not Path(base).exists()
     header = {
-        "base_model": base,
+        **({"base_model": base} if on_hub else {}),  # the hub refuses a card with any other
         "library_name": "peft" if is_adapter else "transformers",
         "tags": ["preference-optimization", "gamma-po"],
     }
@@ -148,16 +153,17 @@ def _origin(record: Record) -> list[tuple[str, str]]:
 def _loading(base: str, is_adapter: bool, on_start: bool) -> str:
     """How to load the folder; an adapter that was trained on another one needs that one merged first."""
     chat = "python -m gamma_po generate --policy THIS_FOLDER --interactive"
+    ours = base.startswith(PACKAGE_PREFIX) or base.endswith(".gguf")  # what transformers cannot load by its name
     if not is_adapter:
         lines = [
-            "from transformers import AutoModelForCausalLM",
-            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+            HUGGING_FACE,
+            f'model = {LOAD}("THIS_FOLDER")',
         ]
     else:
         lines = [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+            "from gamma_po.policies import ModelConfig, load_model" if ours else HUGGING_FACE,
+            f"base = load_model(ModelConfig(path={base!r}))" if ours else f"base = {LOAD}({base!r})",
             *(['base = PeftModel.from_pretrained(base, "THIS_FOLDER/start").merge_and_unload()'] if on_start else []),
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
         ]

@@ -40,6 +40,7 @@ from gamma_po.data.reference_cache import (
 )
 from gamma_po.errors import ConfigError, require
 from gamma_po.evaluation.pairs import PairMetrics
+from gamma_po.fingerprints import sampled_fingerprint
 from gamma_po.flat_sharding import check_flat_sharding, is_flat, shard_flat
 from gamma_po.forwards import score
 from gamma_po.losses import Loss, require_margin_fits
@@ -60,9 +61,9 @@ from gamma_po.resuming import (
     Resume,
     check_accumulation,
     check_end_of_training,
-    check_same_reference,
     check_same_run,
     check_same_settings,
+    check_same_weights,
     check_whole_steps,
     go_on_as_given,
     run_settings,
@@ -141,6 +142,7 @@ class PreferenceModule(LightningModule):
                 has_adapters=lora is not None,
             )
         self.policy: CompletionScorer | None = None
+        self.base_weights: str | None = None  # fingerprint of what adapters are trained on
         self.pair_metrics = PairMetrics()
         self.last_output: LossOutput | None = None
         self.last_batch: PreferenceBatch | None = None
@@ -177,6 +179,7 @@ class PreferenceModule(LightningModule):
         if self.reference is not None:
             self.reference.load(model, layout, self._placed, self._load)
         if self.lora is not None:
+            self.base_weights = sampled_fingerprint(model)
             model = attach_lora(model, self.lora, seed=self.seed)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable(
@@ -465,6 +468,7 @@ class PreferenceModule(LightningModule):
         checkpoint["run"] = run_settings(self.trainer)
         checkpoint["steps"] = self._steps_in_all
         checkpoint["reference_weights"] = self.reference.weights if self.reference else None
+        checkpoint["base_weights"] = self.base_weights
         batches = getattr(self.trainer.train_dataloader, "batch_sampler", None)
         if isinstance(batches, ShuffledBatches) and "loops" in checkpoint:
             straighten_progress(checkpoint["loops"], batches.epoch)
@@ -482,7 +486,11 @@ class PreferenceModule(LightningModule):
             self._steps_before = checkpoint["steps"]
         self.loss_state, self.margin_state = load_step_state(self, checkpoint)
         if trainer is not None and trainer.training and self.reference is not None:
-            check_same_reference(checkpoint.get("reference_weights"), self.reference.weights, self.resume)
+            saved, here = checkpoint.get("reference_weights"), self.reference.weights
+            check_same_weights("reference", saved, here, self.resume)
+        if trainer is not None:
+            resume = self.resume if trainer.training else "anyway"
+            check_same_weights("base", checkpoint.get("base_weights"), self.base_weights, resume)
 
     def _log_pair_metrics(self, prefix: str) -> None:
         values = self.pair_metrics.compute()

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from gamma_po.errors import ConfigError
+from gamma_po.evaluation.gold import GoldReward
 from gamma_po.losses import LOSSES
 from gamma_po.margins import MARGINS, KLPool, KLSolver
 from gamma_po.margins.maps import MapShape
@@ -30,6 +31,7 @@ def class_names() -> dict[str, list[str]]:
         "loss": [entry.__name__ for entry in LOSSES.values()],
         "margin": margins,
         "inner": margins,
+        "gold": [judge.__name__ for judge in GoldReward.__subclasses__()],
         **{key: [part.__name__ for part in base.__subclasses__()] for key, base in PARTS.items()},
     }
 
@@ -59,6 +61,9 @@ def explain(message: str, *, options: Sequence[str], of_class: type | None) -> s
         return "\n".join(
             [f"unrecognized arguments: {found[1]}", *(f"{key}: {_allowed(key, options)}" for key in unknown)]
         )
+    if found := re.search(r"arguments are required: (.*)", message):
+        names = [f"--{name.strip().removeprefix('fit.')}" for name in found[1].split(",")]
+        return f"{', '.join(names)}: required, on the command line or in a file that --config names"
     if found := re.search(r'^Parser key "seed_everything":.*Got value: (.*)', message, re.DOTALL):
         return f"seed_everything={found[1].strip()}: give {SEEDS}"
     if found := re.search(r'^Parser key "([^"]+)":(.*)', message, re.DOTALL):
@@ -80,6 +85,8 @@ def refusal(message: str) -> str:
 
 def _explain_value(key: str, problem: str) -> str:
     unknown = re.search(r"Expected a dot import path string: (\S+)", problem)
+    if unknown and "Expected a <class 'float'>" in problem:
+        return f"{key}: Expected a float. Got value: {unknown[1]}"
     names = class_names().get(key.rpartition(".")[2])
     if unknown and names:
         return f"{key}: unknown name {unknown[1]!r}; allowed: {', '.join(names)}"
@@ -90,8 +97,11 @@ def _explain_value(key: str, problem: str) -> str:
 
 
 def _allowed(key: str, options: Sequence[str]) -> str:
-    """What stands beside a wrong key: the children of the longest part of it that is right."""
+    """What stands beside a wrong key: options that end with it, or the children of the part of it that is right."""
     parts = key.split(".")
+    deeper = sorted(option for option in options if option.endswith(f".{key}"))
+    if deeper and key not in options:
+        return f"did you mean {' or '.join(deeper)}?"
     for depth in range(len(parts) - 1, -1, -1):
         prefix = ".".join([*parts[:depth], ""])
         children = sorted({o.removeprefix(prefix).split(".")[0] for o in options if o.startswith(prefix)} - {"help"})

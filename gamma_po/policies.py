@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import shutil
 import struct
@@ -24,26 +22,21 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from gamma_po.adapters import DESCRIPTION, adapter_folder, check_tied, keep_start, merge_adapter
+from gamma_po.adapters import DESCRIPTION, adapter_folder, check_tied, keep_start, merge_adapter, name_base
 from gamma_po.errors import ConfigError, require
 from gamma_po.fused_lora import fuse_lora
 from gamma_po.packages import PACKAGE_PREFIX, package_file
-from gamma_po.progress import track
-from gamma_po.ranks import current_ranks
 from gamma_po.rundirs import free_path
-from gamma_po.weight_files import empty_model, source_of, stand_ins
+from gamma_po.weight_files import empty_model, stand_ins
 
 log = logging.getLogger(__name__)
 
 # Not there; a package is missing; architecture or its code refused; weights of other shapes; files cut short.
 LOAD_ERRORS = (OSError, ImportError, ValueError, RuntimeError, SafetensorError, struct.error)
-FINGERPRINT_VERSION = "2"  # raised when the same weights come to give other numbers here
-NOT_COMPUTED_WITH = {"transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -251,8 +244,7 @@ def attach_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
     )
     try:
         here = stand_ins(model) if next(model.parameters()).is_meta else nullcontext()
-        with torch.random.fork_rng(), here:
-            torch.manual_seed(seed)
+        with seeded(seed, next(model.parameters()).device), here:
             adapted = get_peft_model(model, config)
     except ValueError as error:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
@@ -265,35 +257,12 @@ def attach_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
     return adapted
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the settings and all weights (names, dtypes, shapes, values): equal ones mean equal models.
-
-    Sharded weights are brought together one by one, so all processes must take part. Weights that are not loaded yet
-    are read from their files.
-    """
-    digest = hashlib.sha256(FINGERPRINT_VERSION.encode())
-    config = getattr(model, "config", None)
-    if isinstance(config, PretrainedConfig):
-        settings = {
-            key: value for key, value in config.to_dict().items() if key not in NOT_COMPUTED_WITH and key[0] != "_"
-        }
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    weights, missing = sorted(model.state_dict().items()), source_of(model)
-    for name, tensor in track(weights, "fingerprint of the weights", visible=current_ranks().rank == 0):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.is_meta:
-            files, place = missing[name]
-            tensor = files.read(place).to(tensor.dtype)
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def export_policy(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
+    base: str | None = None,
     start: str | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> Path:
@@ -306,6 +275,7 @@ def export_policy(
         model: as trained, or merged.
         tokenizer: the policy's.
         folder: the new folder.
+        base: the model under an adapter, for its description where peft does not know it (a GGUF file).
         start: the adapter that was merged into the base before training, if there is one. An exported adapter stands
             on both, so this one is put beside it, in `start/`.
         weights: the state dict to write, where the model itself holds only its share of it.
@@ -318,11 +288,24 @@ def export_policy(
     try:
         model.save_pretrained(staging, state_dict=weights)
         tokenizer.save_pretrained(staging)
+        if base is not None and isinstance(model, PeftModel):
+            name_base(staging, base)
         if start is not None and isinstance(model, PeftModel):
             keep_start(staging, start)
         return staging.rename(free_path(folder))
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone already unless writing failed
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw with a seed on the CPU and one device; what was to be drawn before follows afterwards.
+
+    Naming the device matters on a machine with several GPUs: `fork_rng` would touch all of them, with a warning.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gamma_po.errors import ConfigError, require
+from gamma_po.fingerprints import fingerprint
 from gamma_po.forwards import score
 from gamma_po.losses import Loss
 from gamma_po.margins import Margin
@@ -19,7 +20,6 @@ from gamma_po.policies import (
     ModelConfig,
     adapters_off,
     evaluating,
-    fingerprint,
     load_model,
 )
 from gamma_po.scorer import CompletionScorer, check_layout

@@ -181,11 +181,12 @@ def _digest_of_training_data(data: Any) -> str | None:
     return None if train is None else train.digest()
 
 
-def check_same_reference(saved: str | None, here: str | None, resume: Resume) -> None:
-    """Refuse to continue a training under another reference, or from another start, of equal shapes.
+def check_same_weights(what: str, saved: str | None, here: str | None, resume: Resume) -> None:
+    """Refuse to continue a training under another reference, or over another base, of equal shapes.
 
     Args:
-        saved, here: fingerprints of the checkpoint's reference and of this run's; None where it is not known.
+        what: reference, or base (under adapters, which alone are in the checkpoint).
+        saved, here: fingerprints of the checkpoint's and of this run's; None where it is not known.
         resume: `anyway` says that they differ, and goes on.
 
     Raises:
@@ -194,7 +195,7 @@ def check_same_reference(saved: str | None, here: str | None, resume: Resume) ->
     if saved is None or here is None or saved == here:
         return
     message = (
-        f"the checkpoint was written with a reference of other weights (fingerprint {saved[:12]}) than this run has "
+        f"the checkpoint was written with a {what} of other weights (fingerprint {saved[:12]}) than this run has "
         f"({here[:12]})"
     )
     if resume == "exact":
@@ -202,7 +203,7 @@ def check_same_reference(saved: str | None, here: str | None, resume: Resume) ->
             f"{message}: it would not continue bit for bit; let model.policy (and model.reference_model, where one is "
             f"set) name the model of the run that wrote it, or {GO_ON}"
         )
-    log.warning("%s: the training goes on with what is given here", message)
+    log.warning("%s: what is given here is used", message)
 
 
 def check_same_run(saved: dict[str, Any], here: dict[str, Any], resume: Resume) -> None:

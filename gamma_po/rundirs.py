@@ -16,6 +16,14 @@ def free_path(path: Path) -> Path:
     return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
 
 
+def why_not_writable(folder: Path) -> str | None:
+    """Return why nothing can be written to a folder that may have to be made first; None if it can."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        return f"{nearest} is no folder"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} may not be written to"
+
+
 class RunDirectory:
     """A new folder `root/name/DATE-TIME`.
 
@@ -38,10 +46,7 @@ class RunDirectory:
         Raises:
             ConfigError: something there is no folder, or may not be written to.
         """
-        nearest = next(path for path in (self.parent, *self.parent.absolute().parents) if os.path.lexists(path))
-        reason = None if nearest.is_dir() else f"{nearest} is no folder"
-        if reason is None and not os.access(nearest, os.W_OK | os.X_OK):
-            reason = f"{nearest} may not be written to"
+        reason = why_not_writable(self.parent)
         if reason is not None:
             raise ConfigError(f"run.root={self.root!r}: no folder can be made there: {reason}")
 

@@ -77,8 +77,7 @@ def open_policy(saved: SavedPolicy) -> Opened:
     if path.suffix == ".ckpt":
         return _from_checkpoint(path, saved)
     if not path.is_dir():
-        config = _adjusted(ModelConfig(path=saved.path), saved)
-        return Opened(load_model(config), load_tokenizer(config), None, {}, None, None)
+        return _from_elsewhere(saved)
     if (path / DESCRIPTION).is_file():
         return _from_adapter(path, saved)
     if (path / "config.json").is_file():
@@ -293,6 +292,16 @@ def _inside_run(folder: Path) -> Path:
     raise ConfigError(f"{str(folder)!r} holds no policy (there: {there}); {ALLOWED}")
 
 
+def _from_elsewhere(saved: SavedPolicy) -> Opened:
+    """A model of the hub, a package or a file."""
+    config = _adjusted(ModelConfig(path=saved.path), saved)
+    try:
+        model = load_model(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; nor is there a folder {saved.path!r}; {ALLOWED}") from error
+    return Opened(model, load_tokenizer(config), None, {}, None, None)
+
+
 def _from_checkpoint(path: Path, saved: SavedPolicy) -> Opened:
     if not path.is_file():
         raise ConfigError(f"{saved.path!r}: no such checkpoint; {ALLOWED}")
@@ -326,8 +335,8 @@ def _from_adapter(folder: Path, saved: SavedPolicy) -> Opened:
         start = ModelConfig(path=saved.base or recorded)
     if start is None:
         raise ConfigError(
-            f"{folder}: the adapter does not say which model it belongs to; name it: --base package:NAME, a folder or "
-            "a hub name"
+            f"{folder}: the adapter does not say which model it belongs to; name it as `base` beside the path (e.g. "
+            "--policy.base): package:NAME, a folder or a hub name"
         )
     config = dataclasses.replace(_adjusted(start, saved, base=saved.base), adapter=below)
     model = load_adapter(load_model(config), folder)

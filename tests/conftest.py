@@ -16,6 +16,8 @@ import torch
 
 from tests.tiny import save_tiny_model, tiny_rows, write_rows
 
+pytest.register_assert_rewrite("tests.same")
+
 
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:

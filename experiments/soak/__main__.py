@@ -8,6 +8,17 @@ The soak of the project, SmolLM2 on a CPU (about 30 minutes of training, kills i
     python -m experiments.soak --work runs/soak --minutes 30 --mean 60 -- --config experiments/quickstart.yaml \
         --trainer.max_epochs -1 --trainer.max_steps 120 --checkpoint.every_n_train_steps 5 --checkpoint.monitor null
 
+Two processes that share the weights (FSDP2, checkpoints in shards), of which all are killed at once, or one, so that
+the other has to notice:
+
+    python -m experiments.soak --work runs/soak --kills 25 --processes 2 --victims either -- \
+        --config experiments/quickstart.yaml --trainer.accelerator cpu --trainer.devices 2 --data.batch_size 2 \
+        --trainer.strategy ModelParallelStrategy --trainer.strategy.data_parallel_size 2 \
+        --trainer.strategy.tensor_parallel_size 1 --weights_only false --checkpoint.every_n_train_steps 1
+
+(One that is killed before they have met is not noticed: torch lets the others wait for half an hour. `--grace` ends
+them, as launchers do.)
+
 Every attempt is the same command with `--ckpt_path last`. After each kill all checkpoints and caches must be whole. At
 the end weights, optimizer, margin history, and every pair, loss and γ of every step of every attempt must be those of
 the uninterrupted training, bit for bit. Exit status 0 if so, 1 with the first difference otherwise.
@@ -42,7 +53,7 @@ class Soak:
         self.options = options
         self.random = random.Random(options.seed)
         self.signal = signal.Signals[options.signal]
-        self.kills = self.restarts_checked = self.half_written = 0
+        self.kills = self.of_one = self.not_noticed = self.restarts_checked = self.half_written = 0
         self.at_steps: list[int] = []
         self.began = 0.0
         self.longest = 0.0
@@ -67,6 +78,8 @@ class Soak:
         return {
             "kills": self.kills,
             "signal": self.signal.name,
+            "kills_of_one_of_several_processes": self.of_one,
+            "of_these_not_noticed_by_the_others": self.not_noticed,
             "trainings": series,
             "checkpoints_half_written_at_a_kill": self.half_written,
             "restarts_at_the_last_checkpoint": self.restarts_checked,
@@ -85,7 +98,8 @@ class Soak:
         given = [*self.options.fit, "--run.root", str(folder / "runs"), "--run.name", "run", "--ckpt_path", "last"]
         given += ["--pair_recorder.every_n_steps", "1"]
         folder.mkdir(parents=True, exist_ok=True)
-        return start(given, folder / "said.txt", folder / "cache", self.options.processes)
+        of_run = {"processes": self.options.processes, "grace": self.options.grace}
+        return start(given, folder / "said.txt", folder / "cache", **of_run)
 
     def _whole(self, folder: Path) -> Path:
         status = self._start(folder).wait(FOREVER)
@@ -102,12 +116,10 @@ class Soak:
             attempt = self._start(folder)
             status = attempt.wait(self._moment() if self._goes_on() else FOREVER)
             if status is None:
-                attempt.stop(self.signal)
+                self._strike(attempt)
                 self.kills += 1
                 self.at_steps.append(furthest_step(folder))
-            self.half_written += len(list(folder.glob("runs/run/*/checkpoints/*.partial")))
-            for left in folder.glob("runs/run/*/checkpoints/*.partial"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            self._remove_half_written(folder)
             check_whole(folder)
             if furthest_step(folder) < before:
                 raise Broken(f"{folder}: the furthest checkpoint was at step {before}, then at {furthest_step(folder)}")
@@ -119,6 +131,22 @@ class Soak:
                 raise Broken(f"an attempt failed with status {status}: see {folder / 'said.txt'}")
         same_ending(runs_of(folder)[-1], whole)
         self.restarts_checked += checked
+
+    def _strike(self, attempt: Attempt) -> None:
+        """Send the signal to all processes or to one, as the options say."""
+        running, victims = attempt.running(), self.options.victims
+        if victims == "either":
+            victims = self.random.choice(["all", "one"])
+        if victims == "one" and len(running) > 1:
+            self.of_one += 1
+            self.not_noticed += not attempt.stop_one(self.random.choice(running), self.signal)
+        elif running and not attempt.stop(self.signal):
+            raise Broken(f"the attempt did not stop at {self.signal.name}")
+
+    def _remove_half_written(self, folder: Path) -> None:
+        for left in folder.glob("runs/run/*/checkpoints/*.partial"):
+            self.half_written += 1
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def _moment(self) -> float:
         mean = self.options.mean
@@ -135,7 +163,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--mean", type=float, help="mean seconds to a kill; by default any moment of a whole training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=["SIGKILL", "SIGTERM"], default="SIGKILL")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="that the options of fit ask for")
+    parser.add_argument("--victims", choices=["all", "one", "either"], default="all", help="processes that are killed")
+    parser.add_argument("--grace", type=float, default=300, help="seconds for the others to end once one is gone")
     parser.add_argument("fit", nargs="*", help="options of fit, after --")
     options = parser.parse_args(arguments)
     if options.work.exists():

@@ -1,65 +1,113 @@
-"""Attempts at a training, each a process group that may be killed at any moment."""
+"""Attempts at a training, each a group of processes that may be killed at any moment."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
+
+FAILED = 70  # the status of an attempt that ended in an exception
 
 
 class Attempt:
     """A started `fit`.
 
     Args:
-        alive: whether it still runs; a number once it has ended.
-        group: of its processes.
+        processes: their ids; the first one's is that of their group.
+        grace: seconds in which they must end once they were told to, or once one of them is gone.
     """
 
-    def __init__(self, poll: Callable[[], int | None], group: int) -> None:
-        self.poll, self.group = poll, group
+    def __init__(self, processes: Sequence[int], *, grace: float) -> None:
+        self.processes, self.grace = processes, grace
+        self.ended: dict[int, int] = {}  # id to status
+
+    def running(self) -> list[int]:
+        """Return the processes that have not ended."""
+        for process in set(self.processes) - set(self.ended):
+            found, status = os.waitpid(process, os.WNOHANG)
+            if found:
+                self.ended[process] = os.waitstatus_to_exitcode(status)
+        return [process for process in self.processes if process not in self.ended]
 
     def wait(self, seconds: float) -> int | None:
-        """Return its exit status, or None if it still runs after so many seconds."""
+        """Return the exit status, or None if the attempt still runs after so many seconds.
+
+        Once a process has failed, the others must end, too; those that do not are killed.
+        """
         deadline = time.monotonic() + seconds
-        while (status := self.poll()) is None and time.monotonic() < deadline:
+        while self.running() and not any(self.ended.values()) and time.monotonic() < deadline:
             time.sleep(0.005)
-        return status
+        if any(self.ended.values()):
+            self._ends()
+        return None if self.running() else max(self.ended.values(), key=abs)
 
-    def stop(self, number: signal.Signals) -> None:
-        """Send a signal to all of its processes and wait for their end."""
-        os.killpg(self.group, number)
-        while self.poll() is None:
+    def stop(self, number: signal.Signals) -> bool:
+        """Send a signal to all processes and wait for their end; return whether it came without further help."""
+        os.killpg(self.processes[0], number)
+        return self._ends()
+
+    def stop_one(self, process: int, number: signal.Signals) -> bool:
+        """Send a signal to one process and wait for the end of all; return whether it came without further help."""
+        os.kill(process, number)
+        return self._ends()
+
+    def _ends(self) -> bool:
+        deadline = time.monotonic() + self.grace
+        while self.running() and time.monotonic() < deadline:
             time.sleep(0.005)
+        by_itself = not self.running()
+        if not by_itself:
+            os.killpg(self.processes[0], signal.SIGKILL)
+        while self.running():
+            time.sleep(0.005)
+        return by_itself
 
 
-def start(options: list[str], log: Path, cache: Path, processes: int) -> Attempt:
-    """Start `python -m gamma_po fit`.
+def start(options: list[str], log: Path, cache: Path, *, processes: int, grace: float) -> Attempt:
+    """Start `python -m gamma_po fit` in one process, or in several as a launcher does: each is told its rank.
+
+    They are forked: the packages are loaded once, and a moment of an attempt is a moment of its work, not of its
+    imports. (Those that torchrun starts would each be a group of its own.)
 
     Args:
         options: of `fit`.
         log: takes what it says.
         cache: for tokens and reference log-probabilities.
-        processes: 1, or more through torchrun.
+        processes: of the training.
+        grace: see `Attempt`.
     """
+    import gamma_po.cli  # noqa: F401 - loaded before forking
+
     environment = {"XDG_CACHE_HOME": str(cache)}
-    return _forked(options, log, environment) if processes == 1 else _launched(options, log, environment, processes)
+    if processes > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    started: list[int] = []
+    for rank in range(processes):
+        own = {"NODE_RANK": "0", "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        child = os.fork()
+        if not child:
+            _fit(options, log, environment | own, rank)
+        started.append(child)
+        os.setpgid(child, started[0])
+    return Attempt(started, grace=grace)
 
 
-def _forked(options: list[str], log: Path, environment: dict[str, str]) -> Attempt:
-    """Fork: the packages are loaded once, and a moment of an attempt is a moment of its work, not of its imports."""
+def _fit(options: list[str], log: Path, environment: dict[str, str], rank: int) -> NoReturn:
+    """Run `fit` in a forked process, to its end."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
     from gamma_po.cli import run
 
-    child = os.fork()
-    if child:
-        return Attempt(_poll_child(child), child)
-    status = 70
+    status = FAILED
     try:
-        os.setsid()
         os.environ.update(environment)
+        rank_zero_only.rank = rank  # Lightning reads it from the environment when it is imported
         sys.argv = ["gamma_po"]
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
@@ -68,27 +116,13 @@ def _forked(options: list[str], log: Path, environment: dict[str, str]) -> Attem
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        sys.stdout.flush()
         os._exit(status)
 
 
-def _poll_child(child: int) -> Callable[[], int | None]:
-    ended: list[int] = []
-
-    def poll() -> int | None:
-        if not ended:
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
-                ended.append(os.waitstatus_to_exitcode(status))
-        return ended[0] if ended else None
-
-    return poll
-
-
-def _launched(options: list[str], log: Path, environment: dict[str, str], processes: int) -> Attempt:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "gamma_po", "fit", *options]
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, start_new_session=True, env={**os.environ, **environment}
-        )
-    return Attempt(process.poll, process.pid)
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

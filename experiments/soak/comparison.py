@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -10,10 +12,13 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from gamma_po.errors import ConfigError
-from gamma_po.saved import furthest_checkpoint, read_checkpoint
+from gamma_po.saved import BESIDE_SHARDS, PREVIOUS, furthest_checkpoint, read_checkpoint, read_plain
 
+UNREADABLE = (CheckpointException, OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError)
 TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "margin_state", "loss_state", "global_step")
 
 
@@ -40,17 +45,43 @@ def check_whole(folder: Path) -> None:
         Broken: one is there under its name, but not whole.
     """
     try:
-        for file in folder.glob("runs/run/*/checkpoints/*.ckpt"):
-            if file.is_dir() and not ((file / ".metadata").is_file() and (file / "meta.pt").is_file()):
-                raise Broken(f"{file}: half a checkpoint in shards")
-            if file.is_file():
-                read_checkpoint(file)
+        for file in _checkpoints(folder):
+            read_trained(file)
         for file in folder.glob("cache/gamma_po/reference/*/*.safetensors"):
             load_file(file)
         for file in folder.glob("runs/run/*/pairs/*.parquet"):
             pq.read_table(file)
     except (ConfigError, SafetensorError, pa.ArrowException) as error:
         raise Broken(str(error)) from error
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints under their names, and shards whose successor has not taken their name yet."""
+    found = list(folder.glob("runs/run/*/checkpoints/*.ckpt"))
+    waiting = folder.glob(f"runs/run/*/checkpoints/*.ckpt{PREVIOUS}")
+    return found + [file for file in waiting if not file.with_name(file.name.removesuffix(PREVIOUS)).exists()]
+
+
+def read_trained(path: Path) -> dict[str, Any]:
+    """Return what training changes of a checkpoint, in one file or in shards.
+
+    Shards are brought together by torch, which unpickles: only for checkpoints that this program has just written.
+
+    Raises:
+        Broken: a part of its shards is missing or cut short.
+        ConfigError: the same of a file.
+    """
+    if path.is_file():
+        return {name: value for name, value in read_checkpoint(path).items() if name in TRAINED}
+    with TemporaryDirectory() as place:
+        whole = Path(place) / "whole.pt"
+        try:
+            dcp_to_torch_save(path, whole)
+        except UNREADABLE as error:
+            reason = str(error).strip() or type(error).__name__
+            raise Broken(f"{path}: half a checkpoint in shards: {reason}") from error
+        beside = read_plain(path / BESIDE_SHARDS, needed=("global_step", "margin_state", "trained_weights"))
+        return torch.load(whole, weights_only=True) | {name: beside[name] for name in TRAINED if name in beside}
 
 
 def same_steps(run: Path, whole: Path, *, first: int) -> bool:
@@ -83,10 +114,8 @@ def same_ending(run: Path, whole: Path) -> None:
         Broken: a bit differs.
     """
     ours, theirs = (folder / "checkpoints" / "last.ckpt" for folder in (run, whole))
-    if ours.is_file():
-        ending, expected = read_checkpoint(ours), read_checkpoint(theirs)
-        for part in TRAINED:
-            _same(ending[part], expected[part], part)
+    if ours.exists():
+        _same(read_trained(ours), read_trained(theirs), theirs.name)
     exported = sorted((whole / "policy").glob("*.safetensors"))
     if not exported:
         raise Broken(f"{whole}: no exported policy to compare with")

@@ -36,11 +36,12 @@ class ExportPolicy(Callback):
         folder = trainer.log_dir
         if not self.enabled or folder is None:
             return
-        scorer, start = pl_module.policy, pl_module.policy_config.adapter
+        scorer, given = pl_module.policy, pl_module.policy_config
         policy = scorer.model
         weights = whole_flat_weights(scorer) if is_flat(scorer) else whole_weights(policy)
         if trainer.is_global_zero:
             name = Path(folder) / "policy"
             with without_wrappers(policy):
-                written = export_policy(policy, pl_module.tokenizer, name, start=start, weights=weights)
+                beside = {"base": given.path, "start": given.adapter, "weights": weights}
+                written = export_policy(policy, pl_module.tokenizer, name, **beside)
             rank_zero_info(f"policy written to {written}")

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 
@@ -81,7 +81,7 @@ class Report(Callback):
         if not self.enabled or datamodule is None:
             return
         if datamodule.sources["test"] is None:
-            rank_zero_warn("no report: data.test is not set")
+            rank_zero_info("no report: data.test is not set")
             return
         metrics = pl_module.pair_metrics
         metrics.reset()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-from gamma_po.commands.arguments import guarded, parse, short_path
+from gamma_po.commands.arguments import guarded, new_output, parse, refuse_unread, short_path
 from gamma_po.data.formatting import Columns, read_preferences
 from gamma_po.data.tokenization import Template, Tokenization, tokenize_preferences
 from gamma_po.errors import ConfigError, require
@@ -21,6 +20,9 @@ from gamma_po.files import write_text
 from gamma_po.inspection.show import facts_table
 from gamma_po.saved import Opened, SavedPolicy, on_device, open_policy, template_of
 from gamma_po.types import Evidence
+
+OF_A_JUDGE = {"annotations", "output"}
+NAMES = ((r"\bdata\.(columns|tokenization|invalid_rows)\b", r"\1"),)  # as in messages of `fit`, and as here
 
 
 def long_texts() -> Tokenization:
@@ -47,7 +49,7 @@ class EvaluateOptions:
         limit: only the first so many pairs.
         batch_size: completions per forward.
         device: e.g. cpu or cuda; by default the GPU where there is one.
-        output: JSON file for the numbers.
+        output: the JSON file for the numbers; nothing is ever replaced.
     """
 
     policy: SavedPolicy | None = None
@@ -69,8 +71,8 @@ class EvaluateOptions:
 def main(arguments: list[str]) -> int:
     """Run the command; return the exit status."""
     words = short_path(short_path(arguments, "policy"), "reference")
-    options = parse(EvaluateOptions, words, "evaluate", flags=("reference_free",))
-    return guarded(lambda: evaluate(options))
+    options = parse(EvaluateOptions, words, "evaluate", flags=("reference_free",), names=NAMES)
+    return guarded(lambda: evaluate(options), names=NAMES)
 
 
 def evaluate(options: EvaluateOptions) -> int:
@@ -83,18 +85,18 @@ def evaluate(options: EvaluateOptions) -> int:
     if (options.pairs is None) == (options.annotations is None):
         raise ConfigError("give either --pairs (a preference set) or --annotations (of a judge)")
     require(options.batch_size >= 1, "batch_size", options.batch_size, "an integer >= 1")
-    console = Console(highlight=False)
+    output = None if options.output is None else new_output(options.output)
+    console = Console(highlight=False, markup=False)
     result = pair_accuracies(options, console) if options.pairs is not None else judge_win_rates(options, console)
-    if options.output is not None:
-        write_text(Path(options.output).expanduser(), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        console.print(f"written to {options.output}", soft_wrap=True)
+    if output is not None:
+        write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        console.print(f"written to {output}", soft_wrap=True)
     return 0
 
 
 def judge_win_rates(options: EvaluateOptions, console: Console) -> dict[str, Any]:
     """Compute and print win rates."""
-    if options.policy is not None:
-        raise ConfigError("--annotations does not use --policy: the judge has already compared the answers")
+    refuse_unread(options, EvaluateOptions(), OF_A_JUDGE, "--annotations")
     annotations = read_annotations(options.annotations)
     rates = win_rates(annotations)
     title = f"{annotations[0]['generator_2']} against {annotations[0]['generator_1']}"
@@ -106,6 +108,8 @@ def pair_accuracies(options: EvaluateOptions, console: Console) -> dict[str, Any
     """Score the pairs under policy and reference, and print accuracies."""
     if options.policy is None:
         raise ConfigError("--policy is needed: a run directory, a .ckpt file, an exported adapter or model, or a model")
+    if options.reference_free and options.reference is not None:
+        raise ConfigError("--reference_free does not use --reference")
     preferences, dropped = read_preferences(
         options.pairs, options.columns, invalid_rows=options.invalid_rows, limit=options.limit
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from peft import PeftModel
@@ -12,7 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from gamma_po.adapters import merged
-from gamma_po.commands.arguments import guarded, parse
+from gamma_po.commands.arguments import guarded, new_output, parse
 from gamma_po.errors import ConfigError
 from gamma_po.files import write_text
 from gamma_po.model_card import model_card
@@ -56,9 +54,7 @@ def export(options: ExportOptions) -> int:
     Raises:
         ConfigError: there is no such checkpoint, it does not fit, or the output is there already.
     """
-    output = Path(options.output).expanduser()
-    if os.path.lexists(output):
-        raise ConfigError(f"output={options.output!r} is there already, and nothing is replaced; give another name")
+    output = new_output(options.output)
     checkpoint = find_checkpoint(options.checkpoint)
     saved = SavedPolicy(
         path=str(checkpoint),
@@ -71,10 +67,11 @@ def export(options: ExportOptions) -> int:
     opened = open_policy(saved)
     model = whole(opened.model) if options.form == "merged" else opened.model
     is_adapter = isinstance(model, PeftModel)
-    folder = export_policy(model, opened.tokenizer, output, start=opened.start.adapter)
+    start = opened.start
+    folder = export_policy(model, opened.tokenizer, output, base=start.path, start=start.adapter)
     write_text(folder / "README.md", model_card(folder.name, opened, is_adapter=is_adapter, steps=steps))
     kind = "adapter" if is_adapter else "model"
-    Console(highlight=False).print(f"{kind} and model card written to {folder}", soft_wrap=True)
+    Console(highlight=False).print(f"{kind} and model card written to {folder}", soft_wrap=True, markup=False)
     return 0
 
 

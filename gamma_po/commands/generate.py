@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +10,25 @@ from typing import Literal
 
 from rich.console import Console
 
-from gamma_po.commands.arguments import guarded, parse, short_path
+from gamma_po.commands.arguments import guarded, new_output, parse, refuse_unread, renamed, short_path
 from gamma_po.data.tokenization import Template
-from gamma_po.errors import ConfigError, require
+from gamma_po.errors import ConfigError, DataError, require
 from gamma_po.evaluation.answer_formats import answers_text, read_questions
-from gamma_po.evaluation.answering import answer_all, question_ids, settings_record
+from gamma_po.evaluation.answering import answer_all, question_ids, settings_record, sole_writer
 from gamma_po.evaluation.chat import Conversation
 from gamma_po.evaluation.generation import Sampling
 from gamma_po.files import write_text
 from gamma_po.saved import SavedPolicy, on_device, open_policy, template_of
 
 HELP = "an empty line sends nothing; /reset forgets the conversation, /exit or Ctrl-D ends it"
+IN_A_CHAT = {"policy", "template", "sampling", "device", "interactive"}
+NAMES = (  # options of `fit` as messages name them, and what they are called here
+    ("`data.tokenization.template: ", "`--template "),
+    (r"data\.tokenization\.template: ", "--template "),
+    (r"data\.tokenization\.template=", "template="),
+    (r"columns\.tools: null, which leaves them unread", "prompts without tools"),
+    (r"; [^;]*columns\.(tools|system|format): [^;]*", ""),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,7 @@ class GenerateOptions:
         output: the file of answers; nothing is ever replaced. Beside it, `.settings.json` records what they depend on.
         format: of prompts and answers: AlpacaEval 2 (`instruction`), Arena-Hard v0.1 (`question_id`, `turns`) or v2.0
             (`uid`, `prompt`), or one's own prompts (`prompt`: text or messages).
-        generator: what the benchmark shall call the policy; by default its path.
+        generator: what the benchmark shall call the policy; by default the last part of its path.
         limit: answer only the first so many prompts.
         template: how a prompt becomes text: with the chat template, as it is, or auto; by default as in the policy's
             run, outside of a run auto.
@@ -57,8 +64,9 @@ class GenerateOptions:
 
 def main(arguments: list[str]) -> int:
     """Run the command; return the exit status."""
-    options = parse(GenerateOptions, short_path(arguments, "policy"), "generate", flags=("interactive",))
-    return guarded(lambda: chat(options) if options.interactive else generate(options))
+    words = short_path(arguments, "policy")
+    options = parse(GenerateOptions, words, "generate", flags=("interactive",), names=NAMES)
+    return guarded(lambda: chat(options) if options.interactive else generate(options), names=NAMES)
 
 
 def generate(options: GenerateOptions) -> int:
@@ -71,23 +79,23 @@ def generate(options: GenerateOptions) -> int:
     if options.prompts is None or options.output is None:
         raise ConfigError("--prompts (a file) and --output (where the answers go) are needed, or --interactive")
     require(options.limit is None or options.limit >= 1, "limit", options.limit, "an integer >= 1, or null for all")
-    output = Path(options.output).expanduser()
-    if os.path.lexists(output):
-        raise ConfigError(f"output={options.output!r} is there already, and nothing is replaced; give another name")
+    output = new_output(options.output)
     questions = read_questions(options.prompts, options.format, options.limit)
     opened = on_device(open_policy(options.policy), options.device)
-    generator = options.generator or Path(options.policy.path).name
+    generator = options.generator or Path(options.policy.path).name or options.policy.path
     template = options.template or template_of(opened)
     ids = question_ids(questions, opened.model, opened.tokenizer, options.sampling.max_new_tokens, template)
     settings = settings_record(options.policy.path, opened.model, ids, options.sampling, generator, template)
     partial = output.with_name(output.name + ".partial.jsonl")
-    answers = answer_all(opened.model, opened.tokenizer, ids, options.sampling, partial=partial, settings=settings)
-    write_text(output.with_name(output.name + ".settings.json"), json.dumps(settings, indent=2) + "\n")
-    write_text(output, answers_text(options.format, questions, answers, generator))
-    partial.unlink()
-    cut = sum(answer.num_tokens >= options.sampling.max_new_tokens for answer in answers)
-    console = Console(highlight=False)
-    console.print(f"{len(answers)} answers written to {output}; {cut} of them reached max_new_tokens")
+    with sole_writer(partial):
+        new_output(options.output)  # another process may have finished it meanwhile
+        answers = answer_all(opened.model, opened.tokenizer, ids, options.sampling, partial=partial, settings=settings)
+        write_text(output.with_name(output.name + ".settings.json"), json.dumps(settings, indent=2) + "\n")
+        write_text(output, answers_text(options.format, questions, answers, generator))
+        partial.unlink()
+    cut = sum(answer.cut for answer in answers)
+    text = f"{len(answers)} answers written to {output}; {cut} of them cut at sampling.max_new_tokens"
+    Console(highlight=False).print(text, soft_wrap=True, markup=False)
     return 0
 
 
@@ -97,17 +105,15 @@ def chat(options: GenerateOptions) -> int:
     Raises:
         ConfigError: options that a chat does not read.
     """
-    unread = [name for name in ("prompts", "output", "generator", "limit") if getattr(options, name) is not None]
-    if unread:
-        raise ConfigError(f"--interactive does not use {', '.join(unread)}")
+    refuse_unread(options, GenerateOptions(policy=options.policy), IN_A_CHAT, "--interactive")
     opened = on_device(open_policy(options.policy), options.device)
     template = options.template or template_of(opened)
     conversation = Conversation(opened.model, opened.tokenizer, options.sampling, template)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(f"chat with {options.policy.path}: {HELP}", style="dim")
     while True:
         console.print("you> ", style="bold cyan", end="")
-        line = sys.stdin.readline()
+        line = _line()
         text = line.strip()
         if not line or text in ("/exit", "/quit"):
             console.print()
@@ -117,8 +123,24 @@ def chat(options: GenerateOptions) -> int:
         elif text.startswith("/"):
             console.print(HELP, style="dim")
         elif text:
-            console.print("policy> ", style="bold green", end="")
-            conversation.answer(text, lambda piece: console.print(piece, end="", markup=False))
-            console.print()
-            if conversation.forgotten:
-                console.print(f"(no room for the first {conversation.forgotten} messages)", style="dim")
+            _answer(conversation, text, console)
+
+
+def _line() -> str:
+    """The next line of the input; nothing at its end."""
+    try:
+        return sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the input is not valid {error.encoding}: {error.reason}") from error
+
+
+def _answer(conversation: Conversation, text: str, console: Console) -> None:
+    """Show the answer to a message, or why there is none."""
+    console.print("policy> ", style="bold green", end="")
+    try:
+        conversation.answer(text, lambda piece: console.print(piece, end=""))
+    except DataError as error:
+        console.print(f"({renamed(str(error), NAMES)})", style="dim", end="")
+    console.print()
+    if conversation.forgotten:
+        console.print(f"(no room for the first {conversation.forgotten} messages)", style="dim")

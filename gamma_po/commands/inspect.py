@@ -23,9 +23,10 @@ from gamma_po.data.sources import iterate_rows
 from gamma_po.errors import ConfigError, DataError, require
 from gamma_po.files import DISK_ADVICE, disk_refuses
 from gamma_po.flat_sharding import check_flat_sharding
-from gamma_po.inspection.cost import Memory, free_memory, parameter_bytes
+from gamma_po.inspection.cost import WHOLE, Memory, Share, free_memory, parameter_bytes
 from gamma_po.inspection.dry_run import DryRun, longest_last, memory_findings, reference_scorer
 from gamma_po.inspection.findings import Finding, blocking, verdict
+from gamma_po.inspection.flat import flat_share
 from gamma_po.inspection.reference_accuracy import (
     ReferenceAccuracy,
     as_examples,
@@ -45,7 +46,14 @@ from gamma_po.inspection.sections import (
     show_data,
     time_rows,
 )
-from gamma_po.inspection.sharded import NOT_COUNTED, computed_memory, copy_bytes, gathered_bytes, without_weights
+from gamma_po.inspection.sharded import (
+    NOT_COUNTED,
+    computed_memory,
+    copy_bytes,
+    copy_without_weights,
+    even_share,
+    without_weights,
+)
 from gamma_po.inspection.show import duration, facts_table, pair_table
 
 REFUSED = 1
@@ -140,14 +148,15 @@ def inspect_run(cli: PreferenceCLI, console: Console) -> list[Finding]:
     planned = plan(trainer, datamodule, total)
     show_pairs(datamodule, module.tokenizer, options.show, console)
     findings = show_data(datamodule, module.tokenizer, total, console) + plan_findings(planned)
-    free, shared_by = free_memory(trainer.strategy.root_device), sharing_processes(trainer)
-    if shared_by > 1:
-        module.policy = without_weights(module)
-    if shared_by > 1 and parameter_bytes(module.policy.parameters()) + copy_bytes(module) > free:
-        findings += show_arithmetic(module, datamodule, trainer, free, console)
+    free, share, copy = free_memory(trainer.strategy.root_device), WHOLE, None
+    if sharing_processes(trainer) > 1:
+        module.policy, copy = without_weights(module), copy_without_weights(module)
+        share = share_of(module.policy, copy, trainer)
+    if share != WHOLE and parameter_bytes(module.policy.parameters()) + copy_bytes(copy) > free:
+        findings += show_arithmetic(module, copy, datamodule, share, free, console)
     else:
         module.policy = None
-        findings += show_measured(module, datamodule, trainer, planned, free, options, console)
+        findings += show_measured(module, datamodule, trainer, planned, share, free, options, console)
     console.print(verdict(findings))
     console.print(f"inspected in {duration(time.perf_counter() - began)}; no run was started")
     return findings
@@ -175,11 +184,30 @@ def check_strategy(module: Any, trainer: Trainer) -> None:
 
 def sharing_processes(trainer: Trainer) -> int:
     """Return how many processes share the policy's weights; 1 where each holds all of them."""
-    return trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1
+    return trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy) else 1
+
+
+def share_of(policy: Any, copy: Any, trainer: Trainer) -> Share:
+    """Return what each process holds of models whose weights the processes share.
+
+    Args:
+        policy: not sharded; its weights may be missing.
+        copy: of the reference, likewise; None where there is none.
+        trainer: of the run.
+    """
+    of_strategy = flat_share if isinstance(trainer.strategy, FSDPStrategy) else even_share
+    return of_strategy(policy, copy, trainer.precision, trainer.world_size)
 
 
 def show_measured(
-    module: Any, datamodule: Any, trainer: Trainer, planned: Plan, free: int, options: InspectOptions, console: Console
+    module: Any,
+    datamodule: Any,
+    trainer: Trainer,
+    planned: Plan,
+    share: Share,
+    free: int,
+    options: InspectOptions,
+    console: Console,
 ) -> list[Finding]:
     """Load the models; print what is trained, the reference's accuracy and the cost, and judge them."""
     module.configure_model()
@@ -190,31 +218,36 @@ def show_measured(
     console.print(facts_table("the reference before training", accuracy_rows(found)))
     findings += reference_findings(found)
     if found.finite:
-        findings += show_cost(DryRun(module, datamodule), planned, found.seconds_per_pair, free, options, console)
+        dry, per_pair = DryRun(module, datamodule), found.seconds_per_pair
+        findings += show_cost(dry, planned, share, per_pair, free, options, console)
     return findings
 
 
-def show_arithmetic(module: Any, datamodule: Any, trainer: Trainer, free: int, console: Console) -> list[Finding]:
+def show_arithmetic(
+    module: Any, copy: Any, datamodule: Any, share: Share, free: int, console: Console
+) -> list[Finding]:
     """Print what each process would hold of a model that does not fit here as a whole; nothing is measured.
 
     Args:
         module: its policy `without_weights`.
+        copy: of the reference, or None.
         datamodule: set up.
-        trainer: of the run; its processes share the weights.
+        share: of a process.
         free: bytes on the device.
         console: where to print.
     """
     console.print(facts_table("the policy", policy_rows(module)))
     findings = settings_findings(module, datamodule)
-    dataset, batch_size, shared_by = datamodule.datasets["train"], datamodule.batch_size, trainer.world_size
-    batch = datamodule.collate(as_examples(dataset, longest_last(dataset)[-1:])).to(trainer.strategy.root_device)
-    whole = computed_memory(module, batch, batch_size, trainer.precision)
-    memory = whole.shared(shared_by, gathered_bytes(module.policy, trainer.precision))
-    title = f"memory of each of {shared_by} processes at the peak of a step, computed; {NOT_COUNTED}"
+    dataset, batch_size = datamodule.datasets["train"], datamodule.batch_size
+    device = module.trainer.strategy.root_device
+    batch = datamodule.collate(as_examples(dataset, longest_last(dataset)[-1:])).to(device)
+    whole = computed_memory(module, copy, batch, batch_size)
+    memory = whole.shared(share)._replace(undivided=share.undivided)
+    title = f"memory of each of {share.processes} processes at the peak of a step, computed; {NOT_COUNTED}"
     console.print(facts_table(title, memory_rows(memory, free)))
     problem = "the whole model does not fit into one process here: reference and time are not measured"
     findings.append(Finding("note", problem, "nothing; experiments/SCALING.md has the memory of such runs"))
-    return findings + judge_memory(memory, module, batch_size, free, shared_by)
+    return findings + judge_memory(memory, module, batch_size, free, share.processes)
 
 
 def judge_memory(memory: Memory, module: Any, batch_size: int, free: int, shared_by: int) -> list[Finding]:
@@ -274,28 +307,35 @@ def measure_reference(module: Any, datamodule: Any, options: InspectOptions) -> 
 
 
 def show_cost(
-    dry: DryRun, planned: Plan, per_pair: float, free: int, options: InspectOptions, console: Console
+    dry: DryRun,
+    planned: Plan,
+    share: Share,
+    per_pair: float,
+    free: int,
+    options: InspectOptions,
+    console: Console,
 ) -> list[Finding]:
     """Print memory and time, and judge the memory; what cannot fit is not tried.
 
     Args:
         dry: computes micro-batches of the run.
         planned: how often what happens.
+        share: of a process.
         per_pair: of the reference, [s].
         free: bytes on the device before anything was loaded.
         options: of the inspection.
         console: where to print.
     """
-    module, datamodule, shared_by = dry.module, dry.datamodule, sharing_processes(dry.module.trainer)
-    memory, step = dry.memory(planned, free, shared_by=shared_by), None
-    if memory.total <= free:
+    module, datamodule, step = dry.module, dry.datamodule, None
+    memory = dry.memory(planned, free, share=share)
+    if memory.total - memory.undivided <= free:  # of this process alone
         step = dry.seconds_per_step(seed=datamodule.seed, seconds=options.seconds)
     title = "memory at the peak of a step, estimated"
-    if shared_by > 1:
-        memory = memory.shared(shared_by, gathered_bytes(module.policy, module.trainer.precision))
-        title = f"memory of each of {shared_by} processes at the peak of a step, estimated"
+    if share != WHOLE:
+        memory = memory.shared(share)
+        title = f"memory of each of {share.processes} processes at the peak of a step, estimated"
     console.print(facts_table(title, memory_rows(memory, free)))
     cached = module.reference is not None and module.reference.source == "cached"
     rows = time_rows(planned, datamodule.batch_size, step, per_pair if cached else None)
     console.print(facts_table("time, measured on this machine", rows))
-    return judge_memory(memory, module, datamodule.batch_size, free, shared_by)
+    return judge_memory(memory, module, datamodule.batch_size, free, share.processes)

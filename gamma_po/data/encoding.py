@@ -83,6 +83,8 @@ class Encoder:
         """The text before an answer without thoughts."""
         if self.chat:
             frame = self._frame(prompt, location)
+            turns = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in message_texts(turn)]
+            self._refuse_rendered(turns, prompt, location)
             return self._chat_text(prompt, None, location) + frame.before_answer
         if not isinstance(prompt, str):
             has = "has tools" if "tools" in prompt[0] else "is a conversation"
@@ -203,18 +205,18 @@ class Encoder:
         turns = [pair.prompt] if isinstance(pair.prompt, str) else [t for m in pair.prompt for t in message_texts(m)]
         completions = [text.rstrip() for text in (pair.chosen, pair.rejected)]
         if self.chat:
-            self._refuse_rendered([*turns, *completions], pair)
+            self._refuse_rendered([*turns, *completions], pair.prompt, pair.location)
         rendered = not self.chat and turns[0].lstrip().startswith(self.special_texts)
         ends = self.special_texts if rendered else (self.tokenizer.eos_token,)
         read = [*([] if rendered else turns), *(_without_end(text, ends) for text in completions)]
         return any(self._find_special(text) for text in read)
 
-    def _refuse_rendered(self, texts: Sequence[str], pair: Preference) -> None:
-        frame = self._frame(pair.prompt, pair.location)
+    def _refuse_rendered(self, texts: Sequence[str], prompt: Prompt, location: str) -> None:
+        frame = self._frame(prompt, location)
         for text in texts:
             if found := _rendered(text.strip(), frame, self.tokenizer.bos_token or ""):
                 raise DataError(
-                    f"{pair.location}: {text.strip()[:50]!r} already has the chat template's {found!r}, and the "
+                    f"{location}: {text.strip()[:50]!r} already has the chat template's {found!r}, and the "
                     "template would be applied twice; allowed: texts without it, or data.tokenization.template: text"
                 )
 

@@ -82,6 +82,18 @@ def to_preference(row: Row, columns: Columns) -> Preference:
     )
 
 
+def prompt_of(row: Row, columns: Columns) -> Prompt:
+    """Convert the prompt of a row as `to_preference` does; completions need not be there, and are not read.
+
+    Raises:
+        DataError: as there.
+    """
+    prompt: Prompt = _part(row, columns.prompt or "prompt", columns)
+    if columns.format == "auto":
+        prompt = _without_transcripts(prompt, "", "")[0] or prompt
+    return _with_tools(row, columns, _with_system(row, columns, prompt))
+
+
 def problem(preference: Preference) -> str | None:
     """Say in words why a pair is of no use for training, or return None.
 

@@ -11,19 +11,21 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from gamma_po.data.sources import Row, iterate_rows, json_kind
+from gamma_po.data.columns import Columns
+from gamma_po.data.formatting import UNPAIRED_SURROGATE, prompt_of
+from gamma_po.data.messages import Prompt, message_texts
+from gamma_po.data.sources import Row, iterate_rows
 from gamma_po.errors import DataError
 
 SHORT_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # of shortuuid, without look-alikes
 SHORT_LENGTH = 22
 FENCED = re.compile(r"```[^`]*```")
-ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 class Question(NamedTuple):
     """Something to answer."""
 
-    prompt: str | tuple[dict[str, str], ...]
+    prompt: Prompt
     row: Row
 
 
@@ -33,6 +35,7 @@ class Answer(NamedTuple):
     text: str
     num_tokens: int  # by the model's own tokenizer
     time: float  # seconds since 1970
+    cut: bool = False  # at the most tokens allowed, before the model had ended it
 
 
 class Format(NamedTuple):
@@ -52,11 +55,15 @@ def read_questions(source: str, name: str, limit: int | None = None) -> list[Que
         limit: only the first so many.
 
     Raises:
-        DataError: a row lacks what the format needs.
+        DataError: a row lacks what the format needs, or is not valid Unicode.
     """
     questions = []
     for row in iterate_rows(source):
-        questions.append(FORMATS[name].question(row))
+        try:
+            questions.append(FORMATS[name].question(row))
+        except DataError as error:
+            raise DataError(f"{error}; read as --format {name}, allowed: {', '.join(FORMATS)}") from error
+        _check_unicode(questions[-1])
         if limit is not None and len(questions) >= limit:
             break
     return questions
@@ -175,16 +182,13 @@ def short_id(*parts: str) -> str:
 
 
 def _plain_question(row: Row) -> Question:
-    value = row.values.get("prompt")
-    if isinstance(value, str):
-        return Question(_text(row, "prompt"), row)
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{row.location}: column 'prompt' must hold text or messages, found {json_kind(value)}")
-    for message in value:
-        known = isinstance(message, dict) and message.get("role") in ROLES
-        if not known or not isinstance(message.get("content"), str):
-            raise DataError(f"{row.location}: a message must have a role ({', '.join(ROLES)}) and content of text")
-    return Question(tuple({"role": m["role"], "content": m["content"]} for m in value), row)
+    """A prompt as `fit` reads it, with the columns `system` and `tools`, so that one may use a file of pairs."""
+    if isinstance(row.values.get("prompt"), str):
+        _text(row, "prompt")
+    prompt = prompt_of(row, Columns())
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise DataError(f"{row.location}: column 'prompt' ends with an assistant message; there is nothing to answer")
+    return Question(prompt, row)
 
 
 def _plain_record(question: Question, answer: Answer, generator: str) -> dict[str, Any]:
@@ -198,6 +202,13 @@ FORMATS = {
     "arena_hard_v2": Format(_arena2_question, _arena2_record, lines=True),
     "prompts": Format(_plain_question, _plain_record, lines=True),
 }
+
+
+def _check_unicode(question: Question) -> None:
+    prompt = question.prompt
+    turns = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in message_texts(turn)]
+    if any(UNPAIRED_SURROGATE.search(turn) for turn in turns):
+        raise DataError(f"{question.row.location}: not valid Unicode (an unpaired surrogate)")
 
 
 def _text(row: Row, column: str) -> str:

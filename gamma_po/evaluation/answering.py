@@ -6,20 +6,22 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gamma_po.data.tokenization import Template, Tokenization, prompt_ids
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.evaluation.answer_formats import Answer, Question
-from gamma_po.evaluation.generation import Sampling, sampled_batches
-from gamma_po.files import write_text
-from gamma_po.policies import fingerprint
+from gamma_po.evaluation.generation import UNLIMITED, Sampling, eos_ids, room_for_prompt, sampled_batches
+from gamma_po.files import acquired, write_text
+from gamma_po.fingerprints import fingerprint
 
 VERSIONS = ("gamma_po", "torch", "transformers", "peft")
 
@@ -28,7 +30,7 @@ def question_ids(
     questions: Sequence[Question],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    room: int,
+    max_new_tokens: int,
     template: Template = "auto",
 ) -> list[Tensor]:
     """Tokenise questions; none is cut.
@@ -37,23 +39,26 @@ def question_ids(
         questions: N.
         model: whose positions limit prompt and answer together.
         tokenizer: the policy's.
-        room: tokens kept for the answer.
+        max_new_tokens: kept for the answer.
         template: how a prompt becomes text, as in training.
 
     Raises:
         ConfigError: no prompt can fit beside an answer of that length, or the tokenizer has no such template.
         DataError: a question is too long for the model.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) or 2**31
-    if positions <= room:
-        raise ConfigError(f"max_new_tokens={room} leaves no room for a prompt: the model has {positions} positions")
-    options = Tokenization(template=template, max_prompt_length=positions - room, overlong="error")
+    room = room_for_prompt(model, max_new_tokens)
+    options = Tokenization(template=template, max_prompt_length=UNLIMITED)
     ids = []
     for question in questions:
         try:
             ids.append(prompt_ids(question.prompt, tokenizer, options))
         except DataError as error:
-            raise DataError(f"{question.row.location}: {error}; or lower max_new_tokens") from error
+            raise DataError(f"{question.row.location}: {error}") from error
+        if len(ids[-1]) > room:
+            raise DataError(
+                f"{question.row.location}: the prompt is too long: {len(ids[-1])} tokens, and beside an answer of "
+                f"sampling.max_new_tokens={max_new_tokens} the model has room for {room}; allowed: fewer of either"
+            )
     return ids
 
 
@@ -78,8 +83,30 @@ def settings_record(
         "sampling": {**asdict(sampling), "top_k": 0, "top_p": 1.0},
         "device": str(model.device.type),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS if _installed(name)},
     }
+
+
+@contextmanager
+def sole_writer(partial: Path) -> Iterator[None]:
+    """Keep a second process from writing the same answers.
+
+    Args:
+        partial: as in `answer_all`.
+
+    Raises:
+        ConfigError: another process is writing them.
+    """
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(partial.with_name(partial.name + ".lock"))
+    if not acquired(lock, blocking=False):
+        raise ConfigError(f"{partial}: another process is writing these answers; wait for it, or give another output")
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def answer_all(
@@ -104,7 +131,7 @@ def answer_all(
     Raises:
         ConfigError: `partial` is of other settings.
     """
-    answers = _read_partial(partial, settings)
+    answers, ends = _read_partial(partial, settings), eos_ids(model)
     lines = [json.dumps(settings), *(_line(i, answer) for i, answer in answers.items())]
     write_text(partial, "".join(line + "\n" for line in lines))  # without a line that was cut
     with partial.open("a", encoding="utf-8") as file:
@@ -112,7 +139,8 @@ def answer_all(
             for i, ids in zip(batch, rows, strict=True):
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 length = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-                answers[i] = Answer(text, length, time.time())
+                cut = len(ids) >= sampling.max_new_tokens and int(ids[-1]) not in ends
+                answers[i] = Answer(text, length, time.time(), cut)
                 file.write(_line(i, answers[i]) + "\n")
             file.flush()
     return [answers[i] for i in range(len(prompts))]
@@ -126,7 +154,7 @@ def _read_partial(partial: Path, settings: dict[str, Any]) -> dict[int, Answer]:
     try:
         found = json.loads(header)
         rows = [json.loads(line) for line in lines[:-1]]  # what follows the last line end is cut, or nothing
-        answers = {row["i"]: Answer(row["text"], row["num_tokens"], row["time"]) for row in rows}
+        answers = {row["i"]: Answer(row["text"], row["num_tokens"], row["time"], row["cut"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         message = f"{partial}: not the answers of an interrupted run: {error}; delete it to start anew"
         raise ConfigError(message) from error

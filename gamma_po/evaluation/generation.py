@@ -11,8 +11,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
-from gamma_po.errors import require
+from gamma_po.errors import ConfigError, require
+from gamma_po.policies import seeded
 from gamma_po.progress import track
+
+SEEDS = 2**32
+UNLIMITED = 2**31  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,7 @@ class Sampling:
         temperature: divides the logits; 0 takes the likeliest token. No top-k or top-p: what is drawn is the
             model's own (tempered) distribution, so that log-probability ratios of samples estimate its KL divergence.
         batch_size: prompts per forward.
-        seed: seed of the draws.
+        seed: seed of the draws, 0 <= seed < 2**32.
     """
 
     max_new_tokens: int = 64
@@ -37,6 +41,7 @@ class Sampling:
         require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "an integer >= 1")
         require(self.temperature >= 0, "sampling.temperature", self.temperature, "a number >= 0")
         require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "an integer >= 1")
+        require(0 <= self.seed < SEEDS, "sampling.seed", self.seed, "an integer, 0 <= seed < 2**32")
 
 
 def sample_completions(
@@ -84,12 +89,13 @@ def sampled_batches(
         sampling: as there.
         description: as there.
         done: prompts, by position, that have their completion; a batch of such prompts only is left out.
-        streamer: gets the tokens of a single prompt one by one.
+        streamer: gets the tokens of a single prompt one by one, instead of a progress bar.
 
     Yields:
-        Positions of the prompts, shortest prompts first, and their completions.
+        Positions of the prompts and their completions; the longest prompts first, so that what does not fit into the
+        memory shows at once.
     """
-    eos = _eos_ids(model)
+    eos = eos_ids(model)
     config = GenerationConfig(
         do_sample=sampling.temperature > 0,
         temperature=sampling.temperature or None,
@@ -102,11 +108,10 @@ def sampled_batches(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     starts = range(0, len(order), sampling.batch_size)
     batches = [(start, order[start : start + sampling.batch_size]) for start in starts]
-    todo = [(start, batch) for start, batch in batches if not all(i in done for i in batch)]
+    todo = [(start, batch) for start, batch in reversed(batches) if not all(i in done for i in batch)]
     with _blank_generation_config(model):
-        for start, batch in track(todo, description):
-            with torch.random.fork_rng():
-                torch.manual_seed(sampling.seed * 1_000_003 + start)
+        for start, batch in track(todo, description, visible=streamer is None):
+            with seeded(sampling.seed * 1_000_003 + start, model.device):
                 rows = _generate(model, [prompts[i] for i in batch], config, streamer)
             yield batch, [_until_eos(row, eos) for row in rows]
 
@@ -149,8 +154,27 @@ def _until_eos(row: Tensor, eos: list[int]) -> Tensor:
     return row[: int(ends[0]) + 1] if len(ends) else row
 
 
-def _eos_ids(model: PreTrainedModel) -> list[int]:
-    """The end-of-sequence tokens; none if the model has none."""
+def room_for_prompt(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """Return how many tokens a prompt may have beside an answer.
+
+    Args:
+        model: whose positions limit prompt and answer together.
+        max_new_tokens: kept for the answer.
+
+    Raises:
+        ConfigError: none are left.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
+    if positions <= max_new_tokens:
+        raise ConfigError(
+            f"sampling.max_new_tokens={max_new_tokens} leaves no room for a prompt: the model has {positions} "
+            f"positions; allowed: less than {positions}"
+        )
+    return positions - max_new_tokens
+
+
+def eos_ids(model: PreTrainedModel) -> list[int]:
+    """Return the end-of-sequence tokens; none if the model has none."""
     eos = model.generation_config.eos_token_id
     if eos is None:
         eos = getattr(model.config, "eos_token_id", None)

@@ -93,7 +93,7 @@ def score_completions(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
     logps = torch.empty(len(prompts), dtype=torch.float32)
     with torch.no_grad():
-        for start in track(range(0, len(order), batch_size), description):
+        for start in track(range(0, len(order), batch_size)[::-1], description):  # the longest first: see `generation`
             chosen = order[start : start + batch_size]
             rows = padded_sequences([prompts[i] for i in chosen], [completions[i] for i in chosen], pad_id=0)
             logps[chosen] = scorer.sequence_logps(rows.to(device), temperature).cpu()

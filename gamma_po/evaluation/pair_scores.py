@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gamma_po.data.columns import missing
 from gamma_po.data.sources import iterate_rows
 from gamma_po.data.tokenization import TokenizedPair
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.evaluation.on_policy import score_completions
 from gamma_po.policies import ModelConfig, adapters_off, load_model
-from gamma_po.saved import Opened, SavedPolicy, from_plain, open_policy
+from gamma_po.saved import Opened, SavedPolicy, from_plain, open_policy, run_config
 from gamma_po.scorer import CompletionScorer
 from gamma_po.types import PairLogps
 
@@ -45,8 +47,8 @@ def pair_logps(model: PreTrainedModel, pairs: Sequence[TokenizedPair], batch_siz
 def opened_reference(opened: Opened, named: SavedPolicy | None) -> Iterator[PreTrainedModel]:
     """Give the frozen reference: the one that is named, or what the policy was trained against.
 
-    That is the checkpoint's `reference_model` if it has one, the policy with its adapters off, or the model that
-    training started from.
+    That is the `reference_model` of its checkpoint or run if there is one, the policy with its adapters off, or the
+    model that training started from.
 
     Args:
         opened: the policy.
@@ -55,7 +57,7 @@ def opened_reference(opened: Opened, named: SavedPolicy | None) -> Iterator[PreT
     Raises:
         ConfigError: none is named, and it is not known what the policy was trained from.
     """
-    trained_against = opened.hyper_parameters.get("reference_model")
+    trained_against = _reference_model(opened)
     if named is not None:
         yield open_policy(named).model.to(opened.model.device)
     elif trained_against is not None:
@@ -81,20 +83,29 @@ def subset_names(source: str, column: str | None, locations: set[str]) -> dict[s
         locations: of the rows that count.
 
     Raises:
-        DataError: a row lacks the column.
+        DataError: a row lacks the column, or what it holds.
     """
     if column is None:
         return dict.fromkeys(locations, "all pairs")
     names: dict[str, str] = {}
     for row in iterate_rows(source):
         if row.location in locations:
-            if row.values.get(column) is None:
-                there = ", ".join(map(str, row.values))
-                raise DataError(f"{row.location}: no column {column!r}; columns there: {there}")
+            if column not in row.values:
+                raise missing(row, column)
+            if row.values[column] is None:
+                raise DataError(f"{row.location}: column {column!r} holds null; allowed: the name of a subset")
             names[row.location] = str(row.values[column])
         if len(names) == len(locations):
             break
     return names
+
+
+def _reference_model(opened: Opened) -> dict[str, Any] | None:
+    """The settings of a reference of its own; an exported policy has them in the `config.yaml` of its run."""
+    settings = opened.hyper_parameters
+    if not settings and opened.run is not None:
+        settings = run_config(opened.run).get("model") or {}
+    return settings.get("reference_model")
 
 
 def _loaded(config: ModelConfig, opened: Opened) -> PreTrainedModel:

@@ -101,13 +101,20 @@ def section_accuracies(rows: Sequence[SubsetAccuracy]) -> list[SubsetAccuracy]:
 
 def accuracy_table(rows: Sequence[SubsetAccuracy]) -> Table:
     """Return the table: a row per subset, a column per reward."""
-    table = Table(title="pair accuracy of implicit rewards (95 % intervals; ties 1/2)", box=box.SIMPLE_HEAD)
-    for column in ("subset", "pairs", *(REWARDS[name] for name in rows[0].accuracy)):
-        table.add_column(column, justify="right" if column == "pairs" else "left", overflow="fold")
+    title = "pair accuracy of implicit rewards (below: 95 % intervals; ties 1/2)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("subset", overflow="fold")
+    table.add_column("pairs", justify="right")
+    for name in rows[0].accuracy:
+        table.add_column(REWARDS[name].replace(": ", ":\n").replace(" (", "\n("))
     for row in rows:
-        values = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.accuracy.values()]
-        table.add_row(Text(row.name), str(row.num_pairs), *values)
+        table.add_row(Text(row.name), str(row.num_pairs), *map(_cell, row.accuracy.values()))
     return table
+
+
+def _cell(value: Estimate | float) -> str:
+    """A share, and its interval on a line of its own: RewardBench's table is 80 characters wide."""
+    return f"{value:.3f}" if isinstance(value, float) else f"{value.mean:.3f}\n{value.low:.3f}-{value.high:.3f}"
 
 
 def _accuracy(name: str, margins: dict[str, Tensor], clusters: Tensor, chosen: list[bool]) -> SubsetAccuracy:

@@ -21,7 +21,22 @@ LIBRARIES = 90 * 2**20  # loaded by `fit` after its start, on a CPU; measured by
 HELD_BACK = 0.2
 PROBE = 64  # rows and columns of the parameter on which an optimizer's state is measured
 CGROUP = Path("/sys/fs/cgroup")
-SHARED = ("weights", "reference", "gradients", "optimizer")  # divided by FSDP2
+SHARED = ("weights", "reference", "gradients", "optimizer")  # divided by FSDP1 and FSDP2
+
+
+class Share(NamedTuple):
+    """What a process holds where several share the weights: factors of what one alone would, and bytes on top."""
+
+    processes: int = 1
+    weights: float = 1.0
+    reference: float = 1.0
+    gradients: float = 1.0
+    optimizer: float = 1.0
+    gathered: int = 0  # weights of the others
+    undivided: int = 0  # gradients in the backward pass, before each process has its part of them
+
+
+WHOLE = Share()  # each process holds everything
 
 
 class Memory(NamedTuple):
@@ -35,20 +50,21 @@ class Memory(NamedTuple):
     head: int  # one chunk of logits and their gradient, where they are not counted with the activations
     around: int  # on a CPU, what malloc holds back and the libraries that a run loads: `around_bytes`
     gathered: int = 0  # weights of the other processes, where these share them
+    undivided: int = 0  # gradients that are not shared yet, where processes share them
 
     @property
     def total(self) -> int:
         """The sum."""
         return sum(self)
 
-    def shared(self, processes: int, gathered: int) -> Memory:
-        """Return what each process holds if they share weights, reference, gradients and optimizer.
+    def shared(self, share: Share) -> Memory:
+        """Return what a process holds if several share weights, reference, gradients and optimizer.
 
-        >>> Memory(8, 0, 8, 16, 5, 1, 2).shared(4, gathered=3).total
-        19
+        >>> Memory(8, 0, 8, 16, 5, 1, 2).shared(Share(4, 1 / 4, 1 / 4, 1 / 2, 1 / 4, gathered=3)).total
+        21
         """
-        parts = {name: -(-getattr(self, name) // processes) for name in SHARED}
-        return self._replace(**parts, gathered=gathered)
+        parts = {name: round(getattr(self, name) * getattr(share, name)) for name in SHARED}
+        return self._replace(**parts, gathered=share.gathered)
 
 
 def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
@@ -99,9 +115,9 @@ def _probe(like: nn.Parameter) -> nn.Parameter:
 
 
 def at_peak(
-    held: Memory, counted: Counted, step: int, *, accumulates: bool, shared_by: int, device: torch.device
+    held: Memory, counted: Counted, step: int, *, accumulates: bool, device: torch.device, share: Share = WHOLE
 ) -> Memory:
-    """Return what is held at the moment of a step at which it is most.
+    """Return what is held at the moment of a step at which it is most, before what is shared is divided.
 
     Activations and gradients are not all there at one time: the backward pass drops the ones and makes the others,
     and the optimizer comes behind it. In the forward pass the gradients of the step before are still there.
@@ -114,19 +130,20 @@ def at_peak(
         counted: of the micro-batch.
         step: that the optimizer's step makes and drops.
         accumulates: a step has several micro-batches, so that gradients are there throughout.
-        shared_by: processes that share the gradients.
         device: of the run.
+        share: of a process, which decides about the moment.
     """
+    step = round(step * share.optimizer)
     there = held.gradients if accumulates else 0
-    moments = [(held.gradients, counted.most[0]), (held.gradients, step)]
+    moments = [(held.gradients, counted.most[0], 0), (held.gradients, step, 0)]
     for most, arrived in zip(counted.most[1:], counted.arrived[1:], strict=True):
-        moments.append((there + arrived, most - arrived))
-    gradients, passing = max(moments, key=lambda moment: moment[0] / shared_by + moment[1])
+        moments.append((there + arrived, most - arrived, share.undivided))
+    gradients, passing, undivided = max(moments, key=lambda moment: moment[0] * share.gradients + sum(moment[1:]))
     around = around_bytes(passing, device)
     if device.type == "cpu":
         apart = max(step, *(most - arrived for most, arrived in zip(counted.most, counted.arrived, strict=True)))
-        around = around_bytes(apart, device) + (held.gradients - gradients) // shared_by + apart - passing
-    return held._replace(gradients=gradients, activations=passing, around=around)
+        around = around_bytes(apart, device) + round((held.gradients - gradients) * share.gradients) + apart - passing
+    return held._replace(gradients=gradients, activations=passing, around=around, undivided=undivided)
 
 
 def head_bytes(model_input: ModelInput, num_pairs: int, vocab_size: int, itemsize: int) -> int:

@@ -16,7 +16,9 @@ from gamma_po.data.dataset import Example, PairDataset
 from gamma_po.data.loader import ShuffledBatches
 from gamma_po.forwards import score
 from gamma_po.inspection.cost import (
+    WHOLE,
     Memory,
+    Share,
     around_bytes,
     at_peak,
     optimizer_bytes,
@@ -119,8 +121,10 @@ class DryRun:
             policy = score(module.policy, batch)
         return -functional.logsigmoid(policy.margin).mean()
 
-    def memory(self, planned: Plan, free: int, *, shared_by: int = 1) -> Memory:
+    def memory(self, planned: Plan, free: int, *, share: Share = WHOLE) -> Memory:
         """Estimate the peak of a training step in the micro-batch that takes most of all that the run will have.
+
+        What processes share is not divided yet (`Memory.shared`).
 
         A step of the shortest pair and one of the longest are run and counted; what they need beyond what stays the
         same goes with the tokens. Where it is plain beforehand that a step will not fit, it is not tried: then the
@@ -129,7 +133,7 @@ class DryRun:
         Args:
             planned: the run's micro-batches.
             free: bytes, before anything was loaded.
-            shared_by: processes that share weights, gradients and optimizer.
+            share: of a process.
         """
         held = self._held()
         if held.total > free:
@@ -144,7 +148,7 @@ class DryRun:
             other = self._count(long, accumulates)
         counted = one.at(most_tokens(self.datamodule, costs, planned), other)
         step = optimizer_step_bytes(self.module.optimizer_factory, self.trainable)
-        return at_peak(held, counted, step, accumulates=accumulates, shared_by=shared_by, device=self.device)
+        return at_peak(held, counted, step, accumulates=accumulates, device=self.device, share=share)
 
     def _held(self) -> Memory:
         module = self.module

@@ -6,6 +6,7 @@ files, models, tokenizers, checkpoints, options that would do nothing, interrupt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -199,6 +200,15 @@ CASES: dict[str, Case] = {
         ("report.sampling=", "report.num_prompts above 0"),
     ),
     "a seed of no noise": Case(options("--data.label_noise_seed", "3"), ("data.label_noise=0.0 flips no label",)),
+    "a learning rate of text": Case(
+        options("--model.optimizer.lr", "small"), ("error: AdamW.lr: Expected a float. Got value: small",)
+    ),
+    "a misspelt judge": Case(
+        options("--report.gold", "Vader"), ("report.gold: unknown name 'Vader'; allowed: VaderSentiment",)
+    ),
+    "an option without its group": Case(
+        options("--batch_size", "4"), ("batch_size: did you mean data.batch_size or report.",)
+    ),
     # models
     "an empty folder as model": Case(
         lambda p: ["--model.policy.path", str((p.folder / "m").mkdir() or p.folder / "m")],
@@ -256,6 +266,20 @@ CASES: dict[str, Case] = {
         options("--model.optimizer.lr", "1e30", "--trainer.max_steps", "4"), ("optimizer step 2 was not taken",), 1
     ),
 }
+
+
+@pytest.mark.parametrize("command", ["fit", "inspect"])
+def test_what_every_run_needs_is_asked_for_by_its_own_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main([command, "--model.loss", "DPO"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: --model.policy.path, --model.margin: required, on the command line or in a file")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_by_its_option(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *finished.arguments, "--trainer.accelerator", "gpu"]) == 2
+    assert "error: trainer.accelerator='gpu': torch " in (told := capsys.readouterr().err) and "sees no GPU" in told
 
 
 class Finished(NamedTuple):
@@ -361,6 +385,17 @@ def test_a_disk_that_is_full_before_anything_is_cached_is_told_with_the_folder(
     told = capsys.readouterr().err
     assert status == 2 and f"the tokenised pairs cannot be written to {tmp_path / 'cache'}" in told
     assert not list(tmp_path.rglob("*.arrow")) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_inspection_whose_words_go_to_a_full_disk_ends_in_one_message(
+    finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # as `inspect ... > FILE`; closing fails again
+        monkeypatch.setattr("sys.stdout", full)
+        status = main(["inspect", *finished.arguments])
+    assert status == 1
+    told = capsys.readouterr().err
+    assert "stopped: " in told and "the disk takes no more" in told and "Traceback" not in told
 
 
 INTERRUPTED: dict[str, tuple[str, Callable[[Path], object], str]] = {

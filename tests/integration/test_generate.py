@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from transformers import LlamaForCausalLM
 
 from gamma_po.__main__ import main
-from gamma_po.evaluation import answering
+from gamma_po.evaluation import answering, generation
 from gamma_po.evaluation import chat as conversations
-from gamma_po.evaluation.answer_formats import Answer, short_id, style
+from gamma_po.evaluation.answer_formats import Answer, read_questions, short_id, style
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer, write_rows
 
 QUICK = ["--sampling.max_new_tokens", "6", "--sampling.batch_size", "2"]
@@ -41,6 +43,7 @@ def test_alpaca_eval_answers_have_exactly_its_fields(tiny_model_path: str, tmp_p
         assert (answer["generator"], answer["dataset"], answer["datasplit"]) == ("mine", "helpful_base", "eval")
     settings = json.loads((tmp_path / "answers.json.settings.json").read_text())
     assert settings["sampling"]["temperature"] == 0.7 and settings["prompts"]["number"] == 5
+    assert (settings["dtype"], settings["attention"]) == ("float32", "sdpa")
     assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -102,8 +105,8 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_answers(
     monkeypatch.setattr(answering, "sampled_batches", stopped)
     assert generate(tiny_model_path, prompts, resumed, "--generator", "mine") == 130
     partial = tmp_path / "resumed.json.partial.jsonl"
-    assert len(partial.read_text().splitlines()) == 1 + 4 and not resumed.exists()
-    partial.write_text(partial.read_text() + '{"i": 6, "te')  # a line that a crash has cut
+    assert len(partial.read_text().splitlines()) == 1 + 3 and not resumed.exists()
+    partial.write_text(partial.read_text() + '{"i": 0, "te')  # a line that a crash has cut
     drawn = []
 
     def counted(*args: object, **kwargs: object) -> object:
@@ -113,8 +116,22 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_answers(
 
     monkeypatch.setattr(answering, "sampled_batches", counted)
     assert generate(tiny_model_path, prompts, resumed, "--generator", "mine") == 0
-    assert len(drawn) == 3
+    assert len(drawn) == 4
     assert resumed.read_text() == whole.read_text()
+
+
+def test_the_longest_prompts_come_first_and_what_is_drawn_does_not_depend_on_it(
+    tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sampling = tiny_model(), generation.Sampling(max_new_tokens=5, batch_size=2)
+    prompts = [torch.arange(3, 3 + length) for length in (2, 9, 4, 7, 5)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # of which none is touched, and torch says nothing
+    before, batches = torch.get_rng_state(), list(generation.sampled_batches(model, prompts, sampling))
+    assert [batch for batch, _ in batches] == [[1], [4, 3], [0, 2]]
+    assert torch.get_rng_state().equal(before)
+    for wanted, rows in batches:
+        ((batch, again),) = generation.sampled_batches(model, prompts, sampling, done=set(range(5)) - set(wanted))
+        assert batch == wanted and all(a.equal(b) for a, b in zip(rows, again, strict=True))
 
 
 def test_a_stopped_run_with_other_settings_is_refused(
@@ -133,16 +150,41 @@ def test_a_stopped_run_with_other_settings_is_refused(
     assert "with other settings: sampling was" in message and "delete it to start anew" in message
 
 
+TURN, OWN = "<|im_start|>user\n", ["--format", "prompts"]
+SYSTEM, USER = {"role": "system", "content": "be brief"}, {"role": "user", "content": "a"}
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
         ([{"prompt": "a"}], [], "row 1 (line 1): column 'instruction' must hold text"),
         ([{"instruction": " "}], [], "column 'instruction' must hold text"),
         ([{"question_id": "1", "turns": []}], ["--format", "arena_hard"], "a list of one turn with content"),
-        ([{"instruction": "word " * 600}], [], "row 1 (line 1): prompt: too long"),
+        ([{"instruction": "word " * 600}], [], "row 1 (line 1): the prompt is too long: "),
+        ([{"instruction": "\ud83d"}], [], "row 1 (line 1): not valid Unicode (an unpaired surrogate)"),
+        (
+            [{"instruction": f"{TURN}a<|im_end|>"}],
+            [],
+            "would be applied twice; allowed: texts without it, or --template",
+        ),
+        ([{"prompt": [USER, {"role": "assistant", "content": "b"}]}], OWN, "there is nothing to answer"),
+        ([{"prompt": "a", "tools": [{"name": "f"}]}], OWN, "allowed: a template that writes them, or prompts without"),
+        (
+            [{"prompt": [SYSTEM, USER], "system": "be long"}],
+            OWN,
+            "are two system messages; read as --format prompts, allowed: alpaca_eval, ",
+        ),
+        ([{"prompt": "[{'role': 'user', 'content': 'a'}]"}], OWN, "in a .jsonl or .parquet file; read as"),
+        ([{"instruction": "a"}], ["--sampling.temperature", "-1"], "sampling.temperature=-1.0 is not allowed"),
+        ([{"instruction": "a"}], ["--sampling.seed", str(2**64)], "allowed: an integer, 0 <= seed < 2**32"),
         ([{"instruction": "a"}], ["--sampling.max_new_tokens", "9999"], "leaves no room for a prompt"),
         ([{"instruction": "a"}], ["--format", "alpaca"], "alpaca_eval"),
         ([{"instruction": "a"}], ["--policy.path", "/no/such/model"], "no such folder"),
+        (
+            [{"instruction": "a"}],
+            ["--policy.path", "runs/mien"],
+            "nor is there a folder 'runs/mien'; allowed: a run dir",
+        ),
         ([{"instruction": "a"}], ["--device", "no_such"], "device='no_such' cannot be used"),
         ([{"instruction": "a"}], ["--samling.seed", "1"], "did you mean sampling?"),
     ],
@@ -162,7 +204,8 @@ def test_what_cannot_be_answered_is_refused_in_one_message(
     assert status == 2
     error = capsys.readouterr().err
     assert "error: " in error and message in error and "Traceback" not in error
-    assert not (tmp_path / "a.json").exists()
+    assert "data." not in error and "columns." not in error  # options of `fit`, which this command has not
+    assert not list(tmp_path.glob("a.json*"))
 
 
 def test_an_answer_file_is_never_replaced(
@@ -172,6 +215,131 @@ def test_an_answer_file_is_never_replaced(
     output.write_text("someone's")
     assert generate(tiny_model_path, write_rows(tmp_path / "q.jsonl", questions(1)), output) == 2
     assert "nothing is replaced" in capsys.readouterr().err and output.read_text() == "someone's"
+
+
+def test_where_nothing_can_be_written_is_said_before_the_model_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = write_rows(tmp_path / "q.jsonl", questions(1))
+    assert generate("/no/such/model", prompts, prompts / "a.json") == 2
+    assert f"nothing can be written there: {prompts} is no folder" in capsys.readouterr().err
+
+
+def test_a_second_process_with_the_same_output_is_refused_and_takes_nothing_away(
+    tiny_model_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = write_rows(tmp_path / "q.jsonl", questions(2)), tmp_path / "a.json"
+    with FileLock(tmp_path / "a.json.partial.jsonl.lock"):
+        assert generate(tiny_model_path, prompts, output) == 2
+    assert "another process is writing these answers" in capsys.readouterr().err and not output.exists()
+    assert generate(tiny_model_path, prompts, output) == 0
+    assert sorted(file.name for file in tmp_path.glob("a.json*")) == ["a.json", "a.json.settings.json"]
+
+
+def test_answers_are_counted_as_cut_by_their_tokens_and_not_by_their_text(
+    tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tiny_tokenizer()
+    space, word, end = tokenizer.encode(" "), tokenizer.encode("z"), [tokenizer.eos_token_id]
+    drawn = [word * 6, word + space * 5, word * 5 + end]  # cut; cut, though its text is shorter; ended by itself
+    rows = [torch.tensor(ids) for ids in drawn]
+    monkeypatch.setattr(answering, "sampled_batches", lambda *args, **kwargs: iter([([0, 1, 2], rows)]))
+    assert generate(tiny_model_path, write_rows(tmp_path / "q.jsonl", questions(3)), tmp_path / "a.json") == 0
+    assert "2 of them cut at sampling.max_new_tokens" in capsys.readouterr().out
+    assert [answer["output"] for answer in json.loads((tmp_path / "a.json").read_text())] == ["zzzzzz", "z", "zzzzz"]
+
+
+def test_ones_own_prompts_are_read_as_fit_reads_them(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": '{"x": 1}'}, "id": "c1"}
+    turns = [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "name": "f", "content": "2"}]
+    rows = [
+        {"prompt": "a", "system": "be brief", "chosen": "b", "rejected": "c"},
+        {"prompt": turns, "tools": '[{"name": "f"}]'},
+        {"prompt": "\n\nHuman: a\n\nAssistant:"},
+    ]
+    found = [question.prompt for question in read_questions(str(write_rows(tmp_path / "q.jsonl", rows)), "prompts")]
+    read = {"type": "function", "id": "c1", "function": {"name": "f", "arguments": {"x": 1}}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert found[0] == (SYSTEM, USER) and found[2] == (USER,)
+    asked, called, told = found[1]
+    assert asked == {**USER, "tools": tools} and called["tool_calls"] == [read] and told["name"] == "f"
+
+
+def test_a_gpu_that_is_full_is_told_in_one_message(
+    tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", full)
+    assert generate(tiny_model_path, write_rows(tmp_path / "q.jsonl", questions(1)), tmp_path / "a.json") == 1
+    assert "stopped: CUDA out of memory. Tried to allocate 2 GiB. A smaller batch" in capsys.readouterr().err
+
+
+def talk(model: str, monkeypatch: pytest.MonkeyPatch, *lines: str, options: tuple[str, ...] = ()) -> int:
+    """Chat, these lines being typed."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    return main(["generate", "--policy", model, "--interactive", "--sampling.max_new_tokens", "4", *options])
+
+
+def test_a_chat_without_room_for_a_message_is_refused_at_once(
+    tiny_model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(tiny_model_path, monkeypatch, "hi", options=("--sampling.max_new_tokens", "512")) == 2
+    told = capsys.readouterr()
+    assert "leaves no room for a prompt: the model has 512 positions; allowed: less than 512" in told.err
+    assert "you>" not in told.out
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [("word " * 600, "this message is too long: "), ("<|im_start|>user a<|im_end|>", "applied twice")],
+)
+def test_a_message_that_cannot_be_read_is_told_and_the_chat_goes_on_as_before_it(
+    message: str, says: str, tiny_model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    greedy = ("--sampling.temperature", "0")
+    assert talk(tiny_model_path, monkeypatch, "the cat", "very good", options=greedy) == 0
+    *_, expected = capsys.readouterr().out.split("policy> ")
+    assert talk(tiny_model_path, monkeypatch, "the cat", message, "very good", options=greedy) == 0
+    *_, refused, found = capsys.readouterr().out.split("policy> ")
+    assert says in " ".join(refused.split()) and "data." not in refused and found == expected
+
+
+def test_a_chat_shows_no_progress_bar_and_what_is_written_as_it_is(
+    tiny_model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bars = []
+    monkeypatch.setattr(generation, "track", lambda items, what, visible=True: bars.append(visible) or iter(items))
+    assert talk(tiny_model_path, monkeypatch, "hi") == 0 and bars == [False]
+    monkeypatch.setattr(conversations.Conversation, "answer", lambda self, text, show: show(":smile: [b]x[/b]"))
+    assert talk(tiny_model_path, monkeypatch, "hi") == 0
+    assert "policy> :smile: [b]x[/b]\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"), [(b"h\xe4t\n", "error: the input is not valid utf-8"), ("h\udce4t\n", "is not valid Unicode")]
+)
+def test_a_chat_of_another_encoding_ends_in_a_message(
+    typed: bytes | str,
+    says: str,
+    tiny_model_path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stdin = io.StringIO(typed) if isinstance(typed, str) else io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(["generate", "--policy", tiny_model_path, "--interactive", "--sampling.max_new_tokens", "4"]) in (0, 2)
+    told = capsys.readouterr()
+    assert says in told.out + told.err
+
+
+@pytest.mark.parametrize("option", [("--format", "prompts"), ("--limit", "3"), ("--output", "a.json")])
+def test_options_that_a_chat_does_not_read_are_refused(
+    option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--policy", "/no/such", "--interactive", *option]) == 2
+    assert f"--interactive does not use {option[0]}" in capsys.readouterr().err
 
 
 def test_the_chat_keeps_the_conversation_until_it_is_reset(

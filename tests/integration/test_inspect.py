@@ -18,6 +18,7 @@ from gamma_po.data.batching import TokenCosts
 from gamma_po.data.tokenization import TokenizedPair
 from gamma_po.inspection.cost import (
     Memory,
+    Share,
     around_bytes,
     at_peak,
     optimizer_bytes,
@@ -27,7 +28,7 @@ from gamma_po.inspection.cost import (
 from gamma_po.inspection.dry_run import DryRun, memory_findings, most_tokens
 from gamma_po.inspection.live import Counted, LiveBytes
 from gamma_po.inspection.pairs import ends
-from gamma_po.inspection.sharded import gathered_bytes
+from gamma_po.inspection.sharded import even_share
 from gamma_po.scorer import CompletionScorer
 from tests.memory import ENOUGH, dry_run, estimated, taken
 from tests.runs import arguments
@@ -249,7 +250,7 @@ def test_what_is_alive_behind_the_forward_pass_is_what_autograd_keeps(
 
 def test_at_the_peak_activations_gradients_and_the_optimizers_own_are_not_all_there() -> None:
     held = Memory(weights=1000, reference=0, gradients=100, optimizer=200, activations=0, head=0, around=0)
-    given = {"accumulates": False, "shared_by": 1, "device": torch.device("meta")}
+    given = {"accumulates": False, "device": torch.device("meta")}
 
     def peak(most: tuple[int, ...], arrived: tuple[int, ...], step: int = 0, **changed: object) -> tuple[int, int]:
         found = at_peak(held, Counted(1, most, arrived), step, **(given | changed))
@@ -262,14 +263,18 @@ def test_at_the_peak_activations_gradients_and_the_optimizers_own_are_not_all_th
     assert peak((500, 550, 680, 100), (0, 0, 40, 100)) == (40, 640)
     assert peak((500, 550, 300, 100), (0, 0, 40, 100), step=900) == (100, 900)
     assert peak((500, 550, 300, 100), (0, 0, 0, 0), accumulates=True) == (100, 550)
-    assert peak((500, 595, 300, 100), (0, 0, 40, 100), shared_by=10) == (0, 595)
+    tenth = Share(processes=10, gradients=0.1, optimizer=0.1)
+    assert peak((500, 595, 300, 100), (0, 0, 40, 100), share=tenth) == (0, 595)
+    assert peak((500, 595, 300, 100), (0, 0, 40, 100), step=5000, share=tenth) == (0, 595)  # on a tenth, too
+    # 200 more in the backward pass, before each has its part: the moment at which 40 of 100 are there
+    assert peak((590, 400, 500, 100), (0, 0, 40, 100), share=tenth._replace(undivided=200)) == (40, 460)
 
 
 def test_on_a_cpu_what_was_made_and_dropped_leaves_no_room_for_gradients() -> None:
     held = Memory(weights=1000, reference=0, gradients=100, optimizer=200, activations=0, head=0, around=0)
     cpu = torch.device("cpu")
     counted = Counted(1, (500, 650, 300, 100), (0, 0, 40, 100))
-    found = at_peak(held, counted, 0, accumulates=False, shared_by=1, device=cpu)
+    found = at_peak(held, counted, 0, accumulates=False, device=cpu)
     assert (found.gradients, found.activations) == (0, 650)
     assert found.total - around_bytes(650, cpu) == 1000 + 100 + 200 + 650
 
@@ -333,7 +338,7 @@ def test_processes_that_share_the_weights_hold_what_the_table_of_the_experiments
     parameters = list(scorer.parameters())
     weights, state = parameter_bytes(parameters), optimizer_bytes(torch.optim.AdamW, parameters)
     whole = Memory(weights, 0, weights, state, activations=5, head=6, around=7)
-    each = whole.shared(8, gathered_bytes(scorer, "bf16-mixed"))
+    each = whole.shared(even_share(scorer, None, "bf16-mixed", 8))
     for name in ("weights", "gradients", "optimizer", "gathered"):
         assert getattr(each, name) == pytest.approx(getattr(of_table, name), rel=1e-6), name
     assert (each.activations, each.head, each.around) == (5, 6, 7)
@@ -368,14 +373,19 @@ def test_what_cannot_be_sharded_is_refused_as_the_run_would(
     assert status == 1 and message in text.split("error: ")[1]
 
 
+FLAT = ["--trainer.strategy", "tests.integration.test_flat_sharding.FSDPStrategyOnCPU", "--trainer.devices", "2"]
+FLAT += ["--trainer.strategy.state_dict_type", "full"]
+
+
+@pytest.mark.parametrize("strategy", [SHARDED, FLAT], ids=["fsdp2", "fsdp1"])
 @pytest.mark.parametrize("fits", [True, False])
 def test_a_sharded_run_is_judged_by_what_one_process_holds(
-    fits: bool, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+    fits: bool, strategy: list[str], inspect: Inspect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = sum(p.numel() for p in tiny_model().parameters()) * 4
     free = 2**30 if fits else model - 1
     monkeypatch.setattr("gamma_po.commands.inspect.free_memory", lambda device: free)
-    status, text = inspect(*SHARDED)
+    status, text = inspect(*strategy)
     assert "memory of each of 2 processes" in text
     assert ("ref_acc, raw" in text) == ("measured on one process" in text) == fits
     assert ("the whole model does not fit into one process here" in text) is not fits

@@ -18,10 +18,16 @@ from safetensors.torch import load_file
 from gamma_po.ranks import Local, current_ranks
 from gamma_po.state import state_to_plain
 from tests.runs import arguments, run, steps_of
+from tests.same import (
+    LOSS_TOLERANCE,
+    METRICS,
+    WEIGHT_TOLERANCE,
+    assert_same_history,
+    assert_same_pairs,
+    assert_same_validation,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-LOSS_TOLERANCE = 1e-5  # absolute, per pair and per metric
-WEIGHT_TOLERANCE = 1e-4  # relative L2
 TIMEOUT = 300  # seconds; a busy machine is slow to start two of everything
 OBJECTIVE = ["--model.loss.beta", "0.3", "--model.margin.tau", "0.5", "--model.margin.history", "20"]
 # Adam turns rounding differences of vanishing gradients into whole steps; SGD does not.
@@ -51,15 +57,6 @@ def two_processes(script: list[str], **environment: str) -> str:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, errors[-4000:]
     return errors
-
-
-def pairs_by_step(folder: Path) -> dict[int, dict[int, tuple[float, float]]]:
-    """Step -> row -> (loss, γ), over the files of all ranks."""
-    steps: dict[int, dict[int, tuple[float, float]]] = {}
-    for file in sorted((folder / "pairs").glob("*.parquet")):
-        for row in pq.read_table(file).to_pylist():
-            steps.setdefault(row["step"], {})[row["index"]] = (row["loss"], row["target_margin"])
-    return steps
 
 
 def flat_weights(folder: Path) -> torch.Tensor:
@@ -94,12 +91,7 @@ def both(
 
 
 def test_two_processes_see_the_pairs_losses_and_margins_of_one(both: tuple[Path, Path, Path, str]) -> None:
-    one, two = pairs_by_step(both[0]), pairs_by_step(both[1])
-    assert len(one) == 24 and one.keys() == two.keys()
-    for step, rows in one.items():
-        assert rows.keys() == two[step].keys() and len(rows) == 4
-        for row, expected in rows.items():
-            assert two[step][row] == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert_same_pairs(both[0], both[1], steps=24)
 
 
 def test_the_logged_training_metrics_are_means_over_all_processes(both: tuple[Path, Path, Path, str]) -> None:
@@ -114,10 +106,7 @@ def test_two_processes_end_with_the_weights_of_one(both: tuple[Path, Path, Path,
 
 
 def test_validation_of_an_uneven_number_of_rows_counts_each_once(both: tuple[Path, Path, Path, str]) -> None:
-    names = ["val/loss", "val/rewards/margins", "val/rewards/accuracies", "val/accuracy/policy", "val/logps/chosen"]
-    for name in names:
-        expected = steps_of(both[0], name)
-        assert len(expected) == 3 and steps_of(both[1], name) == pytest.approx(expected, abs=LOSS_TOLERANCE, rel=1e-5)
+    assert_same_validation(both[0], both[1], epochs=3, metrics=(*METRICS, "val/rewards/accuracies"))
 
 
 def test_the_history_of_the_margin_and_the_run_directory_are_one_on_all_processes(
@@ -125,10 +114,7 @@ def test_the_history_of_the_margin_and_the_run_directory_are_one_on_all_processe
 ) -> None:
     one, two, root, _ = both
     states = [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    histories = [state["margin_state"]["reward_margin"] for state in states]
-    assert torch.equal(histories[0], histories[1]) and histories[0].shape == (20,)
-    alone = torch.load(one / "checkpoints" / "last.ckpt", weights_only=True)["margin_state"]["reward_margin"]
-    torch.testing.assert_close(histories[0], alone, rtol=0, atol=LOSS_TOLERANCE)
+    assert_same_history([state["margin_state"] for state in states], one)
     assert [state["folder"] for state in states] == [str(two)] * 2
 
 

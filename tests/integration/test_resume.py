@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from gamma_po.errors import ConfigError
+from gamma_po.fingerprints import sampled_fingerprint
+from gamma_po.policies import ModelConfig, load_model, load_parts
 from tests.runs import arguments, fit, run, steps_of
-from tests.tiny import tiny_rows, write_rows
+from tests.same import assert_identical
+from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
 LORA = ["--model.lora.r", "4", "--model.lora.alpha", "8", "--model.lora.dropout", "0.1"]
 FULL: list[str] = []
@@ -40,22 +45,6 @@ def rows_by_step(folder: Path) -> dict[str, list[int]]:
     """Which pairs the steps saw."""
     files = sorted((folder / "pairs").glob("step-*.parquet"))
     return {file.name: pq.read_table(file)["index"].to_pylist() for file in files}
-
-
-def assert_identical(a: Any, b: Any, where: str = "checkpoint") -> None:
-    """Equal to the last bit, through nested containers."""
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_identical(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (left, right) in enumerate(zip(a, b, strict=True)):
-            assert_identical(left, right, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 def assert_same_ending(whole: Path, resumed: Path, steps_before: int) -> None:
@@ -130,6 +119,53 @@ def test_another_number_of_accumulated_micro_batches_is_refused_also_between_epo
         fit(tiny_model_path, tiny_data, tmp_path, [*resume, "--trainer.accumulate_grad_batches", "1"])
     last = str(whole / "checkpoints" / "last.ckpt")
     run("validate", tiny_model_path, tiny_data, tmp_path, ["--ckpt_path", last])  # evaluation takes no steps
+
+
+BASES = {"no reference": ["--model.loss", "SimPO"], "adapters off": ["--model.reference", "adapters_off"]}
+
+
+@pytest.mark.parametrize("options", BASES.values(), ids=BASES)
+def test_adapters_do_not_go_on_over_another_base_that_no_cached_reference_tells_apart(
+    options: list[str],
+    tiny_model_path: str,
+    tiny_data: dict[str, str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = [*options, "--model.lora.r", "4", *EVERY_STEP, "--pair_recorder.every_n_steps", "1"]
+    options += ["--trainer.limit_train_batches", "4", "--trainer.limit_val_batches", "0"]
+    whole = fit(tiny_model_path, tiny_data, tmp_path, options)
+    checkpoint = ["--ckpt_path", str(checkpoint_at(whole, 3))]
+    tiny_model(seed=1).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    message = r"a base of other weights \(fingerprint \w{12}\) than this run has"
+    with pytest.raises(ConfigError, match=f"{message}.*model.policy.*--resume anyway"):
+        fit(str(tmp_path / "other"), tiny_data, tmp_path, [*options, *checkpoint])
+    for command, anyway in (("fit", ["--resume", "anyway"]), ("validate", [])):
+        caplog.clear()
+        run(command, str(tmp_path / "other"), tiny_data, tmp_path, [*options, *checkpoint, *anyway])
+        assert re.search(message, caplog.text)
+    moved = shutil.copytree(tiny_model_path, tmp_path / "moved")
+    assert_same_ending(whole, fit(str(moved), tiny_data, tmp_path, [*options, *checkpoint]), 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_sampled_fingerprint_finds_a_change_in_each_weight_and_reads_what_is_not_loaded(
+    name: str, row: int, tmp_path: Path
+) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 256}  # embedding and projections are looked at in part
+    tiny_model(**wide).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path))
+    model, empty = load_model(config), load_parts(config)
+    assert next(empty.parameters()).is_meta
+    before = sampled_fingerprint(model)
+    assert sampled_fingerprint(empty) == before == sampled_fingerprint(load_model(config))
+    with torch.no_grad():
+        model.state_dict()[name][row] += 1e-3
+    assert sampled_fingerprint(model) != before
 
 
 def test_a_limit_on_steps_resumes_exactly_and_one_that_lightning_would_miscount_is_refused(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
@@ -20,9 +18,18 @@ from gamma_po.errors import ConfigError
 from gamma_po.policies import Lora, ModelConfig, attach_lora
 from gamma_po.sharding import check_sharding, transformer_blocks
 from gamma_po.state import state_to_plain
-from tests.integration.test_ranks import LOSS_TOLERANCE, OBJECTIVE, WEIGHT_TOLERANCE, pairs_by_step, two_processes
-from tests.integration.test_resume import assert_identical
+from tests.integration.test_ranks import OBJECTIVE, two_processes
 from tests.runs import arguments, fit, steps_of
+from tests.same import (
+    assert_adapters_only,
+    assert_clipped_first_step,
+    assert_goes_on_with_the_same_bits,
+    assert_same_exported_weights,
+    assert_same_history,
+    assert_same_pairs,
+    assert_same_validation,
+    exported,
+)
 from tests.tiny import tiny_model
 
 BF16_TOLERANCE = 0.02  # nats of the mean loss; bfloat16 keeps 8 bits
@@ -80,12 +87,6 @@ class Runs(SimpleNamespace):
     said: str
 
 
-def exported(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in a run's policy folder: of the model, or of the adapter."""
-    (file,) = (folder / "policy").glob("*.safetensors")
-    return load_file(file)
-
-
 @pytest.fixture(scope="module")
 def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All runs of this file: one launch of two processes, and the same in this one."""
@@ -130,23 +131,12 @@ def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pyte
 
 @pytest.mark.parametrize(("name", "of_one"), [("full", "full"), ("lora", "lora"), ("ddp", "lora")])
 def test_two_processes_see_the_losses_and_margins_of_one(runs: Runs, name: str, of_one: str) -> None:
-    one, two = pairs_by_step(runs.one[of_one]), pairs_by_step(runs.two[name])
-    assert len(one) == 24 and one.keys() == two.keys()
-    for step, rows in one.items():
-        assert rows.keys() == two[step].keys() and len(rows) == 4
-        for row, expected in rows.items():
-            assert two[step][row] == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert_same_pairs(runs.one[of_one], runs.two[name], steps=24)
 
 
 @pytest.mark.parametrize(("name", "of_one"), [("full", "full"), ("lora", "lora"), ("ddp", "lora")])
 def test_the_weights_that_the_first_process_exports_are_those_of_one(runs: Runs, name: str, of_one: str) -> None:
-    one, two = exported(runs.one[of_one]), exported(runs.two[name])
-    assert one.keys() == two.keys()
-    assert {key: (value.shape, value.dtype) for key, value in one.items()} == {
-        key: (value.shape, value.dtype) for key, value in two.items()
-    }
-    flat_one, flat_two = (torch.cat([state[key].double().flatten() for key in sorted(state)]) for state in (one, two))
-    assert float((flat_one - flat_two).norm() / flat_one.norm()) < WEIGHT_TOLERANCE
+    assert_same_exported_weights(runs.one[of_one], runs.two[name])
 
 
 def test_an_exported_policy_loads_in_one_process(runs: Runs) -> None:
@@ -161,26 +151,16 @@ def test_an_exported_policy_loads_in_one_process(runs: Runs) -> None:
 def test_each_process_holds_half_of_the_weights_and_the_whole_history_of_the_margin(runs: Runs, name: str) -> None:
     held = [torch.load(runs.root / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert [rank["here"] for rank in held] == [held[0]["all"] / 2] * 2  # policy and, with LoRA, the reference's copy
-    histories = [rank["margin_state"]["reward_margin"] for rank in held]
-    assert torch.equal(histories[0], histories[1]) and histories[0].shape == (20,)
-    alone = torch.load(runs.one[name] / "checkpoints" / "last.ckpt", weights_only=True)["margin_state"]
-    torch.testing.assert_close(histories[0], alone["reward_margin"], rtol=0, atol=LOSS_TOLERANCE)
+    assert_same_history([rank["margin_state"] for rank in held], runs.one[name])
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_validation_of_an_uneven_number_of_rows_counts_each_once(runs: Runs, name: str) -> None:
-    for metric in ("val/loss", "val/rewards/margins", "val/accuracy/policy", "val/logps/chosen"):
-        expected = steps_of(runs.one[name], metric)
-        assert len(expected) == 3
-        assert steps_of(runs.two[name], metric) == pytest.approx(expected, abs=LOSS_TOLERANCE, rel=1e-5)
+    assert_same_validation(runs.one[name], runs.two[name], epochs=3)
 
 
 def test_the_gradient_is_clipped_by_the_norm_over_all_shards(runs: Runs) -> None:
-    # The adapters' B starts at 0, where A has no gradient: a clipped step of SGD gives B the norm lr · clip.
-    (first,) = (runs.two["lora"] / "checkpoints").glob("*step=1.ckpt")
-    state = torch.load(first, weights_only=True)["state_dict"]
-    norm = math.hypot(*(float(value.norm()) for name, value in state.items() if "lora_B" in name))
-    assert norm == pytest.approx(LR * CLIP, rel=1e-4)
+    assert_clipped_first_step(runs.two["lora"], norm=LR * CLIP)
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
@@ -188,21 +168,11 @@ def test_a_run_resumed_from_shards_or_from_one_file_ends_with_the_same_bits(runs
     whole, resumed = runs.two[name], runs.two[f"{name}-resumed"]
     checkpoints = {path.name: path.is_dir() for path in (whole / "checkpoints").glob("epoch*")}
     assert set(checkpoints.values()) == {name == "full"}
-    assert steps_of(resumed, "train/loss") == steps_of(whole, "train/loss")[MIDDLE:]
-    before, after = pairs_by_step(whole), pairs_by_step(resumed)
-    assert after == {step: rows for step, rows in before.items() if step > MIDDLE}
-    assert_identical(exported(whole), exported(resumed))
+    assert_goes_on_with_the_same_bits(whole, resumed, behind=MIDDLE)
 
 
 def test_a_checkpoint_of_adapters_holds_neither_base_nor_reference(runs: Runs) -> None:
-    one, two = (
-        torch.load(folder["lora"] / "checkpoints" / "last.ckpt", weights_only=True) for folder in (runs.one, runs.two)
-    )
-    assert one["state_dict"].keys() == two["state_dict"].keys()
-    assert all("lora_" in key for key in two["state_dict"])
-    assert {key: value.shape for key, value in one["state_dict"].items()} == {
-        key: value.shape for key, value in two["state_dict"].items()
-    }
+    assert_adapters_only(runs.one["lora"], runs.two["lora"])
 
 
 def test_in_bfloat16_base_and_adapters_of_two_dtypes_are_sharded_together(runs: Runs) -> None:

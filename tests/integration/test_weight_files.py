@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from gamma_po.errors import ConfigError
-from gamma_po.policies import Lora, ModelConfig, attach_lora, fingerprint, load_model, load_parts
+from gamma_po.fingerprints import fingerprint
+from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model, load_parts
 from gamma_po.scorer import check_layout
 from gamma_po.weight_files import empty_model, source_of
 from tests.integration.test_ranks import two_processes
@@ -28,7 +29,8 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from gamma_po.policies import Lora, ModelConfig, attach_lora, fingerprint, load_model, load_parts
+from gamma_po.fingerprints import fingerprint
+from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model, load_parts
 from gamma_po.scorer import CompletionScorer
 from gamma_po.sharding import shard
 from tests.contracts import LAYOUTS

@@ -1,0 +1,99 @@
+"""Two processes that share the weights, killed at random moments: shards are whole or absent, the ending the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
+
+from experiments.soak.attempts import Attempt
+from experiments.soak.comparison import Broken, check_whole, read_trained
+from gamma_po.checkpoints import StraightToFile
+from tests.integration.test_interruption import soak
+from tests.integration.test_sharding import HALVED, STRATEGY
+from tests.same import assert_identical
+
+FSDP2 = [*HALVED, STRATEGY, "ModelParallelStrategy", f"{STRATEGY}.data_parallel_size", "2"]
+FSDP2 += [f"{STRATEGY}.tensor_parallel_size", "1", "--weights_only", "false"]
+
+
+def test_a_training_that_shares_the_weights_killed_at_random_moments_ends_with_the_same_bits(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = [*FSDP2, "--trainer.limit_val_batches", "0", "--data.validation", "null", "--data.test", "null"]
+    options += ["--checkpoint.every_n_train_steps", "1"]
+    how = ["--kills", "2", "--seed", "11", "--processes", "2", "--victims", "either", "--grace", "20"]
+    figures = soak(tiny_model_path, tiny_data, tmp_path, how, options)
+    assert figures["kills"] == 2 and figures["restarts_at_the_last_checkpoint"] >= 1
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A checkpoint in shards, where a series of attempts has it."""
+    folder = tmp_path / "runs" / "run" / "20260101-000000" / "checkpoints" / "last.ckpt"
+    folder.mkdir(parents=True)
+    trained = {"state_dict": {"a": torch.arange(300.0)}, "optimizer_0": {"m": torch.ones(7)}}
+    torch.save(trained, tmp_path / "whole.pt")
+    torch_save_to_dcp(tmp_path / "whole.pt", folder)
+    torch.save({"global_step": 3, "margin_state": {}, "trained_weights": ["a"]}, folder / "meta.pt")
+    return folder
+
+
+def test_shards_that_are_whole_are_read_with_what_lies_beside_them(shards: Path, tmp_path: Path) -> None:
+    check_whole(tmp_path)
+    expected = {"state_dict": {"a": torch.arange(300.0)}, "optimizer_0": {"m": torch.ones(7)}}
+    assert_identical(read_trained(shards), expected | {"global_step": 3, "margin_state": {}})
+
+
+def cut(file: Path) -> None:
+    """Leave half of a file."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
+def test_a_checkpoint_of_which_a_part_is_missing_or_cut_short_is_found(
+    damage: Callable[[Path], None], name: str, shards: Path, tmp_path: Path
+) -> None:
+    damage(shards / name)
+    with pytest.raises(Broken):
+        check_whole(tmp_path)
+
+
+def test_shards_are_removed_under_another_name_first(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gamma_po.checkpoints.shutil.rmtree", killed)
+        StraightToFile().remove_checkpoint(shards)
+    assert [file.name for file in shards.parent.iterdir()] == ["last.ckpt.partial"]
+
+
+def group(*scripts: str) -> list[int]:
+    """Start shell scripts as the processes of one group."""
+    started: list[int] = []
+    for script in scripts:
+        leader = started[0] if started else 0
+        started.append(os.posix_spawn("/bin/sh", ["sh", "-c", script], os.environ, setpgroup=leader))
+    return started
+
+
+def test_a_process_that_does_not_notice_the_end_of_another_is_ended() -> None:
+    for number, noticed in ((signal.SIGKILL, False), (signal.SIGTERM, True)):
+        processes = group("exec sleep 60", "exec sleep 60")
+        attempt = Attempt(processes, grace=0.2)
+        assert attempt.wait(0.05) is None
+        stopped = attempt.stop(number) if noticed else attempt.stop_one(processes[1], number)
+        assert stopped is noticed and attempt.running() == []
+        assert attempt.wait(0) == -number
+
+
+def test_an_attempt_has_failed_if_one_of_its_processes_has() -> None:
+    assert Attempt(group("sleep 1", "exit 3"), grace=60).wait(60) == 3
+    assert Attempt(group("exit 0", "sleep 0.1"), grace=60).wait(60) == 0
