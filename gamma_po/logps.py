@@ -61,8 +61,7 @@ def completion_token_logps(
     tensor([0.3333], grad_fn=<ExpBackward0>)
     """
     if chunk_tokens is None:
-        elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["other"])
-        chunk_tokens = max(1, elements // cast(nn.Linear, head).out_features)
+        chunk_tokens = chunk_length(cast(nn.Linear, head).out_features, hidden.device)
     if torch.is_grad_enabled() and hidden.requires_grad and _is_frozen_linear(head):
         values = _FrozenHead.apply(hidden, targets, head.weight, head.bias, logits, with_collision, chunk_tokens)
         return TokenLogps(*values)
@@ -71,6 +70,15 @@ def completion_token_logps(
         for part, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     ]
     return _joined(pieces)
+
+
+def chunk_length(vocab_size: int, device: torch.device) -> int:
+    """Return how many positions meet a vocabulary at once.
+
+    >>> chunk_length(2**16, torch.device("cpu"))
+    128
+    """
+    return max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["other"]) // vocab_size)
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:

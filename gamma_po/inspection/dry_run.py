@@ -31,6 +31,7 @@ from gamma_po.inspection.live import Counted, count_step
 from gamma_po.inspection.reference_accuracy import as_examples, sample_order
 from gamma_po.inspection.sections import Plan
 from gamma_po.inspection.show import size
+from gamma_po.logps import chunk_length
 from gamma_po.module import PreferenceModule
 from gamma_po.policies import evaluating
 from gamma_po.types import PairLogps, PreferenceBatch
@@ -127,8 +128,9 @@ class DryRun:
         What processes share is not divided yet (`Memory.shared`).
 
         A step of the shortest pair and one of the longest are run and counted; what they need beyond what stays the
-        same goes with the tokens. Where it is plain beforehand that a step will not fit, it is not tried: then the
-        activations are extended from short pairs, or left out where even without them too little is free.
+        same goes with the tokens. Where the largest micro-batch takes the head in several chunks, the steps that are
+        counted do so, too. Where it is plain beforehand that a step will not fit, it is not tried: then the activations
+        are extended from short pairs, or left out where even without them too little is free.
 
         Args:
             planned: the run's micro-batches.
@@ -140,15 +142,40 @@ class DryRun:
             return held
         costs = TokenCosts.of(self.dataset.pairs, self.datamodule.layout)
         by_width = sorted(range(len(costs.widths)), key=lambda row: costs.widths[row])
-        short, long = by_width[:1], by_width[-1:]
+        short, long, most = by_width[:1], by_width[-1:], most_tokens(self.datamodule, costs, planned)
         accumulates = planned.accumulate > 1
         one, other = (self._count(rows, accumulates) for rows in (short, 2 * short))
-        would_fit = held.total + max(one.at(costs.total(long), other).most) < free
-        if would_fit and costs.total(long) > other.tokens:
+        room = free - held.total
+        if max(one.at(costs.total(long), other).most) < room and costs.total(long) > other.tokens:
             other = self._count(long, accumulates)
-        counted = one.at(most_tokens(self.datamodule, costs, planned), other)
+            one, other = self._in_chunks(one, other, long, most, room, accumulates)
+        counted = one.at(most, other)
         step = optimizer_step_bytes(self.module.optimizer_factory, self.trainable)
         return at_peak(held, counted, step, accumulates=accumulates, device=self.device, share=share)
+
+    def _in_chunks(
+        self, one: Counted, long: Counted, row: list[int], most: int, room: int, accumulates: bool
+    ) -> tuple[Counted, Counted]:
+        """Count two micro-batches that fill a chunk of the head, where the largest one does; else return the given.
+
+        Until a chunk is full, what the head takes grows with the completions; from then on it stays as it is.
+
+        Args:
+            one: counted with less than the longest pair.
+            long: counted with the longest pair.
+            row: of that pair.
+            most: tokens of the largest micro-batch.
+            room: bytes for what a step makes.
+            accumulates: as in `_count`.
+        """
+        pair, config = self.dataset.pairs[row[0]], self.module.policy.model.config.get_text_config()
+        filled_by = -(-chunk_length(config.vocab_size, self.device) // (len(pair.chosen) + len(pair.rejected)))
+        beyond, limit = (filled_by + 1) * long.tokens, self.datamodule.max_tokens_per_forward
+        needed = max(one.at(beyond, long).most)
+        if most < filled_by * long.tokens or needed > room or (limit is not None and beyond > limit):
+            return one, long
+        full = long if filled_by == 1 else self._count(filled_by * row, accumulates)
+        return full, self._count((filled_by + 1) * row, accumulates)
 
     def _held(self) -> Memory:
         module = self.module

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.sharding import scaling
+from gamma_po import logps
 from gamma_po.__main__ import main
 from gamma_po.data.batching import TokenCosts
 from gamma_po.data.tokenization import TokenizedPair
@@ -310,6 +311,31 @@ def test_a_step_that_cannot_fit_is_not_tried(
     tried.clear()
     dry.memory(planned, ENOUGH)
     assert len(tried) == 3
+
+
+@pytest.mark.parametrize("pairs_that_fill_a_chunk", [1, 3, 100])
+def test_the_head_takes_no_more_from_the_first_full_chunk_on(
+    pairs_that_fill_a_chunk: int, longer: tuple[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dry, planned = dry_run(*longer, tmp_path, ["--data.batch_size", "6", "--data.layout", "packed"])
+    costs, pairs = TokenCosts.of(dry.dataset.pairs, "packed"), dry.dataset.pairs
+    shortest, *_, longest = sorted(range(len(pairs)), key=costs.widths.__getitem__)
+    chunk = pairs_that_fill_a_chunk * (len(pairs[longest].chosen) + len(pairs[longest].rejected)) - 1
+
+    def law(_: DryRun, rows: list[int], accumulates: bool) -> Counted:
+        positions = sum(len(pairs[row].chosen) + len(pairs[row].rejected) for row in rows)
+        return Counted(costs.total(rows), (100 * costs.total(rows) + 10_000 * min(positions, chunk),), (0,))
+
+    monkeypatch.setattr(DryRun, "_count", law)
+    monkeypatch.setitem(logps.CHUNK_ELEMENTS, "cpu", chunk * dry.module.policy.model.config.vocab_size)
+    found = dry.memory(planned, ENOUGH).activations
+    most = most_tokens(dry.datamodule, costs, planned)
+    if pairs_that_fill_a_chunk < 6:
+        assert found == pytest.approx(100 * most + 10_000 * chunk, abs=2)  # whole bytes
+    else:  # no chunk is ever full: both grow with the tokens
+        short, long = (law(dry, [row], False) for row in (shortest, longest))
+        slope = (long.most[0] - short.most[0]) / (long.tokens - short.tokens)
+        assert found == pytest.approx(long.most[0] + slope * (most - long.tokens), abs=2)
 
 
 def test_memory_that_does_not_suffice_stops_the_run_and_says_what_helps() -> None:
