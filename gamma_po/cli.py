@@ -53,6 +53,11 @@ RESUME = (
     "What a checkpoint (--ckpt_path) of other settings means. exact: refuse it if the training would not go on bit for "
     "bit as if it had not been interrupted. anyway: say what differs, and go on with what is given here."
 )
+LESS_MEMORY = (
+    "Less memory: model.gradient_checkpointing: true, a lower data.batch_size with a higher "
+    "trainer.accumulate_grad_batches, model.lora, a lower data.tokenization.max_length. `inspect` estimates it before "
+    "a run; --ckpt_path last goes on from the last checkpoint."
+)
 DATA_FILES = ("data.train",)  # may be a list of settings, too; a file's name is not to be read as a file of settings
 log = logging.getLogger(__name__)
 
@@ -259,8 +264,8 @@ def run(arguments: list[str] | None = None) -> int:
         arguments: of the command line, the command first; those of the process if None.
 
     Returns:
-        0; 2 after a wrong configuration or wrong data; 1 where the numbers broke or the disk is full; 130 if
-        interrupted.
+        0; 2 after a wrong configuration or wrong data; 1 where the numbers broke or the disk or the GPU is full; 130
+        if interrupted.
     """
     try:
         PreferenceCLI(None if arguments == sys.argv[1:] else arguments)
@@ -269,6 +274,9 @@ def run(arguments: list[str] | None = None) -> int:
         return 2
     except FloatingPointError as error:
         sys.stderr.write(f"stopped: {error}\n")
+        return 1
+    except torch.OutOfMemoryError as error:
+        sys.stderr.write(f"stopped: {str(error).splitlines()[0]} {LESS_MEMORY}\n")
         return 1
     except OSError as error:
         if not disk_refuses(error):

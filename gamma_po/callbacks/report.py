@@ -26,7 +26,7 @@ from gamma_po.evaluation.on_policy import (
     score_completions,
     shown_prompt,
 )
-from gamma_po.evaluation.report import as_json, pair_report, report_table, samples_table
+from gamma_po.evaluation.report import as_json, last_values_table, pair_report, report_table, samples_table
 from gamma_po.files import write_text
 from gamma_po.policies import evaluating
 from gamma_po.progress import track
@@ -81,7 +81,9 @@ class Report(Callback):
         if not self.enabled or datamodule is None:
             return
         if datamodule.sources["test"] is None:
-            rank_zero_info("no report: data.test is not set")
+            rank_zero_info("no comparison with the reference: data.test is not set")
+            if trainer.is_global_zero:
+                Console().print(last_values_table(trainer.callback_metrics))
             return
         metrics = pl_module.pair_metrics
         metrics.reset()

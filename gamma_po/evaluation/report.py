@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,13 @@ from torch import Tensor
 from gamma_po.evaluation.intervals import Estimate, clustered_mean, clustered_share
 from gamma_po.evaluation.on_policy import Comparison
 from gamma_po.evaluation.pairs import preferred
+
+LAST_VALUES = {
+    "loss": "loss",
+    "rewards/accuracies": "implicit-reward accuracy",
+    "rewards/margins": "reward margin",
+    "gamma/mean": "mean γ",
+}
 
 
 class PairReport(NamedTuple):
@@ -82,6 +89,22 @@ def report_table(pairs: PairReport, samples: Comparison | None, num_prompts: int
         ]
     for measure, before, after in rows:
         table.add_row(measure, *("-" if value is None else str(value) for value in (before, after)))
+    return table
+
+
+def last_values_table(values: Mapping[str, Any]) -> Table:
+    """Return the table for a run without a test split: what was logged last of training and validation.
+
+    Args:
+        values: by name; others are left out.
+    """
+    table = Table(title="at the end", box=box.SIMPLE_HEAD)
+    for column in ("measure", "last step", "validation"):
+        table.add_column(column)
+    for name, measure in LAST_VALUES.items():
+        found = [values.get(f"{split}/{name}") for split in ("train", "val")]
+        if any(value is not None for value in found):
+            table.add_row(measure, *("-" if value is None else f"{float(value):.3f}" for value in found))
     return table
 
 

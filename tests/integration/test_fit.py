@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gamma_po.__main__ import main
 from gamma_po.module import PreferenceModule
-from tests.runs import fit, steps_of
+from tests.runs import arguments, fit, steps_of
 
 MARGINS = {
     "none": ["--model.margin", "NoMargin"],
@@ -106,3 +107,30 @@ def test_each_epoch_takes_the_pairs_in_another_order(
     fit(tiny_model_path, tiny_data, tmp_path, ["--trainer.max_epochs", "3", "--model.loss", "SimPO"])
     assert sorted(seen) == [0, 1, 2] and all(sorted(rows) == list(range(32)) for rows in seen.values())
     assert len({tuple(rows) for rows in seen.values()}) == 3
+
+
+def test_without_a_test_split_the_table_at_the_end_has_the_last_values_of_training_and_validation(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data.test", "null", "--report.enabled", "true"]
+    folder = fit(tiny_model_path, tiny_data, tmp_path, options)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    losses = [steps_of(folder, f"{split}/loss")[-1] for split in ("train", "val")]
+    assert ["loss", *(f"{loss:.3f}" for loss in losses)] in rows
+    assert ["mean", "γ", f"{steps_of(folder, 'train/gamma/mean')[-1]:.3f}", "-"] in rows
+
+
+def test_a_full_gpu_ends_a_run_with_one_message_and_what_takes_less(
+    tiny_model_path: str,
+    tiny_data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(PreferenceModule, "training_step", full)
+    assert main(["fit", *arguments(tiny_model_path, tiny_data, tmp_path, [])]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stopped:")]
+    assert "CUDA out of memory. Tried to allocate 2 GiB. Less memory: model.gradient_checkpointing: true" in line
