@@ -17,8 +17,8 @@ from gamma_po.logps import CHUNK_ELEMENTS
 from gamma_po.types import ModelInput
 
 LIBRARIES = 90 * 2**20  # loaded by `fit` after its start, on a CPU; measured by experiments/benchmarks/memory.py
-# Of what a step makes and drops: holes in a CPU's heap. Measured, 0.03 to 0.8; no law was found, this is in between.
-HELD_BACK = 0.2
+# Of what a step makes and drops: holes in a CPU's heap. Measured, 0.03 to 1.7; no law was found, this is in between.
+HELD_BACK = 0.25
 PROBE = 64  # rows and columns of the parameter on which an optimizer's state is measured
 CGROUP = Path("/sys/fs/cgroup")
 SHARED = ("weights", "reference", "gradients", "optimizer")  # divided by FSDP1 and FSDP2
