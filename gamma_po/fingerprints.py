@@ -39,7 +39,8 @@ def fingerprint(model: nn.Module) -> str:
 def sampled_fingerprint(model: nn.Module) -> str:
     """Hash of the settings and of some rows of each weight: another model of the same shapes has another one.
 
-    Less sure than `fingerprint`, as other rows are not looked at, but a few megabytes are read of any model.
+    Less sure than `fingerprint`, as other rows are not looked at, but only some megabytes are read; more where a row is
+    a whole expert (fused mixtures of experts).
 
     Args:
         model: not sharded. Weights that are not loaded yet are read from their files.

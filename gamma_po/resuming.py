@@ -195,8 +195,8 @@ def check_same_weights(what: str, saved: str | None, here: str | None, resume: R
     if saved is None or here is None or saved == here:
         return
     message = (
-        f"the checkpoint was written with a {what} of other weights (fingerprint {saved[:12]}) than this run has "
-        f"({here[:12]})"
+        f"the checkpoint was written with a {what} of other weights or settings (fingerprint {saved[:12]}) than this "
+        f"run has ({here[:12]})"
     )
     if resume == "exact":
         raise ConfigError(

@@ -114,6 +114,8 @@ class Soak:
             before = furthest_step(folder)
             known = set(runs_of(folder))
             attempt = self._start(folder)
+            if self.options.after_first_checkpoint:
+                self._wait_for_checkpoint(folder, attempt)
             status = attempt.wait(self._moment() if self._goes_on() else FOREVER)
             if status is None:
                 self._strike(attempt)
@@ -124,13 +126,19 @@ class Soak:
             if furthest_step(folder) < before:
                 raise Broken(f"{folder}: the furthest checkpoint was at step {before}, then at {furthest_step(folder)}")
             for run in set(runs_of(folder)) - known:
-                checked += same_steps(run, whole, first=before + 1)
+                steps = same_steps(run, whole, first=before + 1)
+                checked += steps if before else 0
             if status == 0:
                 break
             if status is not None:
                 raise Broken(f"an attempt failed with status {status}: see {folder / 'said.txt'}")
         same_ending(runs_of(folder)[-1], whole)
         self.restarts_checked += checked
+
+    def _wait_for_checkpoint(self, folder: Path, attempt: Attempt) -> None:
+        """Wait until a checkpoint is there, or the attempt has ended."""
+        while not furthest_step(folder) and attempt.wait(0.05) is None:
+            pass
 
     def _strike(self, attempt: Attempt) -> None:
         """Send the signal to all processes or to one, as the options say."""
@@ -161,6 +169,7 @@ def main(arguments: list[str]) -> int:
     until.add_argument("--kills", type=int)
     until.add_argument("--minutes", type=float)
     parser.add_argument("--mean", type=float, help="mean seconds to a kill; by default any moment of a whole training")
+    parser.add_argument("--after-first-checkpoint", action="store_true", help="kill only from then on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=["SIGKILL", "SIGTERM"], default="SIGKILL")
     parser.add_argument("--processes", type=int, default=1, help="that the options of fit ask for")

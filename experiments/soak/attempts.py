@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -105,6 +106,7 @@ def _fit(options: list[str], log: Path, environment: dict[str, str], rank: int) 
     from gamma_po.cli import run
 
     status = FAILED
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         os.environ.update(environment)
         rank_zero_only.rank = rank  # Lightning reads it from the environment when it is imported
@@ -120,6 +122,13 @@ def _fit(options: list[str], log: Path, environment: dict[str, str], rank: int) 
             traceback.print_exc()
         sys.stdout.flush()
         os._exit(status)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: nobody would wait for it any more."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(FAILED)
 
 
 def _free_port() -> int:

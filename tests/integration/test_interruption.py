@@ -55,7 +55,9 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bits(
     tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     options = [*LORA, "--trainer.max_epochs", "3", "--checkpoint.every_n_train_steps", "1"]
-    figures = soak(tiny_model_path, tiny_data, tmp_path, ["--kills", "4", "--seed", "3"], options)
+    figures = soak(
+        tiny_model_path, tiny_data, tmp_path, ["--kills", "4", "--seed", "3", "--after-first-checkpoint"], options
+    )
     assert figures["kills"] == 4 and figures["restarts_at_the_last_checkpoint"] >= 1
 
 
@@ -341,7 +343,7 @@ def test_a_training_does_not_go_on_with_other_pairs_or_another_start(
         fit(tiny_model_path, tiny_data, tmp_path, [*resume, "--data.train", str(other)])
     tiny_model(seed=1).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"a reference of other weights \(fingerprint \w{12}\) than this run has"):
+    with pytest.raises(ConfigError, match=r"a reference of other weights or settings \(fingerprint \w{12}\) than this"):
         fit(str(tmp_path / "model"), tiny_data, tmp_path, resume)
     moved = shutil.copytree(tiny_model_path, tmp_path / "moved")
     assert_same_ending(whole, fit(str(moved), tiny_data, tmp_path, resume), step)

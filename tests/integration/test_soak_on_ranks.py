@@ -28,6 +28,7 @@ def test_a_training_that_shares_the_weights_killed_at_random_moments_ends_with_t
     options = [*FSDP2, "--trainer.limit_val_batches", "0", "--data.validation", "null", "--data.test", "null"]
     options += ["--checkpoint.every_n_train_steps", "1"]
     how = ["--kills", "2", "--seed", "11", "--processes", "2", "--victims", "either", "--grace", "20"]
+    how += ["--after-first-checkpoint", "--mean", "2"]
     figures = soak(tiny_model_path, tiny_data, tmp_path, how, options)
     assert figures["kills"] == 2 and figures["restarts_at_the_last_checkpoint"] >= 1
 
@@ -87,7 +88,7 @@ def group(*scripts: str) -> list[int]:
 def test_a_process_that_does_not_notice_the_end_of_another_is_ended() -> None:
     for number, noticed in ((signal.SIGKILL, False), (signal.SIGTERM, True)):
         processes = group("exec sleep 60", "exec sleep 60")
-        attempt = Attempt(processes, grace=0.2)
+        attempt = Attempt(processes, grace=60 if noticed else 0.2)
         assert attempt.wait(0.05) is None
         stopped = attempt.stop(number) if noticed else attempt.stop_one(processes[1], number)
         assert stopped is noticed and attempt.running() == []
