@@ -24,7 +24,7 @@ from tests.integration.test_ranks import ROOT
 from tests.runs import arguments, steps_of
 from tests.tiny import tiny_rows, write_rows
 
-TIMEOUT = 240  # seconds for all that happens in one test, on a busy machine
+TIMEOUT = 600  # seconds for all that happens in one test, on a busy machine
 
 # Started twice by hand: torchrun would end the other process, and a hang would not show.
 SCRIPT = """

@@ -28,7 +28,7 @@ from tests.same import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 300  # seconds; a busy machine is slow to start two of everything
+TIMEOUT = 900  # seconds; a busy machine is slow to start two of everything
 OBJECTIVE = ["--model.loss.beta", "0.3", "--model.margin.tau", "0.5", "--model.margin.history", "20"]
 # Adam turns rounding differences of vanishing gradients into whole steps; SGD does not.
 OBJECTIVE += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]

@@ -193,7 +193,7 @@ def start(command: list[str], cache: Path) -> subprocess.Popen[str]:
 
 def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> Path:
     """Wait until a file appears."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         found = sorted(folder.glob(pattern))
         if found:

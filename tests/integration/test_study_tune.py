@@ -134,7 +134,7 @@ def test_the_shipped_study_is_a_list_of_runs_that_fit_understands(
     study = parse(TuneOptions, words, "study tune")
     runs = [run for unit in first_units(study, tmp_path, "cpu") for run in unit]
     tuning = [run for run in runs if run.seed >= 1_000_000]
-    assert len(tuning) == 2 * 4 * 2 and len(runs) - len(tuning) == 5 * 2
+    assert len(tuning) == 2 * 4 * study.tuning_seeds and len(runs) - len(tuning) == 5 * study.seeds
     for run in (tuning[0], runs[0]):  # the options that differ are those of other shipped studies
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(placed(run.config, run, tmp_path), allow_unicode=True))
