@@ -12,7 +12,7 @@ from gamma_po.commands.arguments import guarded, new_output, parse, refuse_unrea
 from gamma_po.data.formatting import Columns, read_preferences
 from gamma_po.data.tokenization import Template, Tokenization, tokenize_preferences
 from gamma_po.errors import ConfigError, require
-from gamma_po.evaluation.pair_scores import opened_reference, pair_logps, subset_names
+from gamma_po.evaluation.pair_scores import opened_reference, pair_logps, reference_name, subset_names
 from gamma_po.evaluation.report import as_json
 from gamma_po.evaluation.subsets import SubsetAccuracy, accuracy_table, reward_margins, subset_accuracies
 from gamma_po.evaluation.win_rates import read_annotations, win_rates
@@ -118,6 +118,7 @@ def pair_accuracies(options: EvaluateOptions, console: Console) -> dict[str, Any
     tokenization = tokenization_of(options, opened)
     pairs, kept, counts = tokenize_preferences(preferences, opened.tokenizer, tokenization)
     policy, reference = pair_logps(opened.model, pairs, options.batch_size, "the policy"), None
+    against = None if options.reference_free else reference_name(opened, options.reference)
     if not options.reference_free:
         with opened_reference(opened, options.reference) as model:
             reference = pair_logps(model, pairs, options.batch_size, "the reference")
@@ -127,7 +128,9 @@ def pair_accuracies(options: EvaluateOptions, console: Console) -> dict[str, Any
     noted = {**dropped, **{key: number for key, number in counts.items() if number}}
     found = ", ".join(f"{key.replace('_', ' ')} {number}" for key, number in noted.items())
     console.print(f"{options.pairs}: {found}; template {tokenization.template}", soft_wrap=True)
-    settings = {"template": tokenization.template}
+    if against is not None:
+        console.print(f"reference: {against}", soft_wrap=True)
+    settings = {"template": tokenization.template, "reference": against}
     return {"accuracies": [as_plain(row) for row in rows], "counts": noted, "settings": settings}
 
 

@@ -74,6 +74,20 @@ def opened_reference(opened: Opened, named: SavedPolicy | None) -> Iterator[PreT
         )
 
 
+def reference_name(opened: Opened, named: SavedPolicy | None) -> str:
+    """Say which reference `opened_reference` gives."""
+    trained_against = _reference_model(opened)
+    if named is not None:
+        return named.path
+    if trained_against is not None:
+        return str(trained_against["path"])
+    if not isinstance(opened.model, PeftModel):
+        return "not known" if opened.start is None else opened.start.path
+    known = opened.hyper_parameters or opened.run is not None
+    where = "" if known else "; the adapter lies outside of its run, which may have had another: then give --reference"
+    return f"the policy without its adapter{where}"
+
+
 def subset_names(source: str, column: str | None, locations: set[str]) -> dict[str, str]:
     """Return the subset of each row by its location; one name for all where no column is named.
 

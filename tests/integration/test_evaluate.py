@@ -17,7 +17,7 @@ from rich.console import Console
 
 from gamma_po.__main__ import main
 from gamma_po.commands import evaluate as evaluating
-from gamma_po.evaluation.pair_scores import opened_reference
+from gamma_po.evaluation.pair_scores import opened_reference, reference_name
 from gamma_po.evaluation.subsets import SECTIONS, accuracy_table, section_accuracies, subset_accuracies
 from gamma_po.saved import SavedPolicy, open_policy
 from tests.runs import run
@@ -93,6 +93,10 @@ def test_the_reference_of_a_run_is_the_one_it_was_trained_against_wherever_the_p
     for place in (finished.trainer_dir, finished.trainer_dir / "checkpoints" / "last.ckpt"):
         with opened_reference(open_policy(SavedPolicy(path=str(place))), None) as reference, torch.no_grad():
             torch.testing.assert_close(reference(ids).logits, tiny_model(seed=1)(ids).logits)
+        assert reference_name(open_policy(SavedPolicy(path=str(place))), None) == str(other)
+    elsewhere = shutil.copytree(finished.trainer_dir / "policy", tmp_path / "elsewhere")  # says nothing of its run
+    name = reference_name(open_policy(SavedPolicy(path=str(elsewhere))), None)
+    assert name.startswith("the policy without its adapter; the adapter lies outside of its run")
 
 
 def test_numbers_are_written_into_a_new_file_only_and_that_is_said_before_the_work(
@@ -164,7 +168,7 @@ def test_pairs_become_text_as_in_the_policys_run_unless_said_otherwise(
     command = ["evaluate", "--policy", str(folder), "--pairs", str(pairs), "--reference_free", "--output", str(output)]
     assert main([*command, *options]) == 0
     assert seen[0].startswith(beginning) and "the cat" in seen[0]
-    assert json.loads(output.read_text())["settings"] == {"template": template}
+    assert json.loads(output.read_text())["settings"]["template"] == template
 
 
 def test_two_different_templates_are_refused(
