@@ -105,7 +105,10 @@ def chat(options: GenerateOptions) -> int:
     Raises:
         ConfigError: options that a chat does not read.
     """
-    refuse_unread(options, GenerateOptions(policy=options.policy), IN_A_CHAT, "--interactive")
+    defaults = GenerateOptions(policy=options.policy)
+    refuse_unread(options, defaults, IN_A_CHAT, "--interactive")
+    if options.sampling.batch_size != defaults.sampling.batch_size:
+        raise ConfigError("--interactive does not use --sampling.batch_size: a chat answers one message at a time")
     opened = on_device(open_policy(options.policy), options.device)
     template = options.template or template_of(opened)
     conversation = Conversation(opened.model, opened.tokenizer, options.sampling, template)
@@ -140,7 +143,8 @@ def _answer(conversation: Conversation, text: str, console: Console) -> None:
     try:
         conversation.answer(text, lambda piece: console.print(piece, end=""))
     except DataError as error:
-        console.print(f"({renamed(str(error), NAMES)})", style="dim", end="")
+        console.print(f"({renamed(str(error), NAMES)})", style="dim")
+        return
     console.print()
     if conversation.forgotten:
         console.print(f"(no room for the first {conversation.forgotten} messages)", style="dim")

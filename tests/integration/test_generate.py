@@ -334,7 +334,9 @@ def test_a_chat_of_another_encoding_ends_in_a_message(
     assert says in told.out + told.err
 
 
-@pytest.mark.parametrize("option", [("--format", "prompts"), ("--limit", "3"), ("--output", "a.json")])
+@pytest.mark.parametrize(
+    "option", [("--format", "prompts"), ("--limit", "3"), ("--output", "a.json"), ("--sampling.batch_size", "8")]
+)
 def test_options_that_a_chat_does_not_read_are_refused(
     option: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,7 +406,7 @@ def test_a_chat_with_a_policy_of_a_text_run_shows_it_each_message_as_it_is(
     monkeypatch.setattr(conversations, "sampled_batches", recorded)
     for options in ([], ["--template", "chat"]):
         monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nvery good\n"))
-        assert main(["generate", "--policy", str(text_run), "--interactive", *QUICK, *options]) == 0
+        assert main(["generate", "--policy", str(text_run), "--interactive", *QUICK[:2], *options]) == 0
     tokenizer = tiny_tokenizer()
     assert shown[:2] == [tokenizer.encode("the cat"), tokenizer.encode("very good")]
     assert tokenizer.decode(shown[3]).startswith("<|im_start|>user") and len(shown[3]) > len(shown[2])
