@@ -134,8 +134,9 @@ def test_the_shipped_study_is_a_list_of_runs_that_fit_understands(
     study = parse(TuneOptions, words, "study tune")
     runs = [run for unit in first_units(study, tmp_path, "cpu") for run in unit]
     tuning = [run for run in runs if run.seed >= 1_000_000]
-    assert len(tuning) == 2 * 4 * study.tuning_seeds and len(runs) - len(tuning) == 5 * study.seeds
-    for run in (tuning[0], runs[0]):  # the options that differ are those of other shipped studies
+    assert len(tuning) == 4 * 4 * study.tuning_seeds and len(runs) - len(tuning) == 7 * study.seeds
+    robust = next(run for run in runs if run.arm.startswith("robust"))
+    for run in (tuning[0], runs[0], robust):  # the options that differ otherwise are those of other shipped studies
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(placed(run.config, run, tmp_path), allow_unicode=True))
         with pytest.raises(SystemExit) as stop:
