@@ -8,7 +8,11 @@ from the start of the first to the end of the last (on a GPU, what is allocated;
 process) less what was resident when the data had been read and no model was loaded yet: that is where `inspect` looks
 how much memory is free, so what it estimates is what comes on top.
 
-Beside the ratio: `stays`, what is resident after the last step besides weights, gradients and optimizer, when free
+A CPU's malloc leaves holes in its heap, which no count of tensors can tell. So there each training runs twice, the
+second time with `MALLOC_MMAP_THRESHOLD_=131072`, which leaves none: `allocated` is its peak, beside the estimate
+without the share for holes. It is what a GPU's allocator would be asked for.
+
+Beside the ratios: `stays`, what is resident after the last step besides weights, gradients and optimizer, when free
 memory has been given back to the system: libraries that were loaded meanwhile. On a CPU the estimate has a constant
 for it (`gamma_po.inspection.cost.LIBRARIES`).
 """
@@ -28,12 +32,14 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 from duel.turns import end, receive, start
 from rich.console import Console
 from rich.table import Table
 
 MIB = 2**20
+NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # blocks from this size on are the system's, and go back to it
 TOLERANCE = 0.15
 LORA = {"model.lora.r": 16, "model.lora.alpha": 32}
 PRECISIONS = {
@@ -231,22 +237,39 @@ class Result(NamedTuple):
     peak: int
     stays: int
     tokens: list[int]
+    allocated: int  # the peak of a training whose heap has no holes
 
     @property
     def ratio(self) -> float:
         """Estimated over measured."""
         return sum(self.estimate.values()) / self.peak
 
+    @property
+    def ratio_allocated(self) -> float:
+        """The same without holes: estimated is what is counted, and on a CPU the libraries."""
+        from gamma_po.inspection.cost import LIBRARIES
+
+        counted = sum(self.estimate.values()) - self.estimate["around"]
+        return (counted + (LIBRARIES if self.estimate["around"] else 0)) / self.allocated
+
 
 def compare(setting: Setting, point: Point, logs: Path) -> Result:
-    """Ask `inspect`, then train."""
-    answers = []
-    for name, target in (("inspect", estimate), ("fit", measure)):
-        log = logs / f"{point.name.replace(', ', '-').replace(' ', '_')}-{name}.log"
-        process, connection = start(target, (options(setting, point), setting.threads), log)
-        answers.append(receive(process, connection, f"{point.name}, {name}", log))
+    """Ask `inspect`, then train; on a CPU a second time, without holes."""
+    words, label = options(setting, point), point.name.replace(", ", "-").replace(" ", "_")
+
+    def run(name: str, target: Any, **environment: str) -> Any:
+        log = logs / f"{label}-{name.replace(' ', '_')}.log"
+        with mock.patch.dict(os.environ, environment):  # malloc reads it when a process starts
+            process, connection = start(target, (words, setting.threads), log)
+        answer = receive(process, connection, f"{point.name}, {name}", log)
         end(process)
-    return Result(point, answers[0], **answers[1])
+        return answer
+
+    said, took = run("inspect", estimate), run("fit", measure)
+    on_cpu = said["around"] > 0
+    return Result(
+        point, said, **took, allocated=run("fit without holes", measure, **NO_HOLES)["peak"] if on_cpu else took["peak"]
+    )
 
 
 def table(results: list[Result]) -> Table:
@@ -254,20 +277,31 @@ def table(results: list[Result]) -> Table:
     parts = [name for name in results[0].estimate if any(result.estimate[name] for result in results)]
     found = Table(title="Peak memory of a step, MiB", caption=f"marked: off by more than {TOLERANCE:.0%}")
     found.add_column("training")
-    for name in (*parts, "estimate", "measured", "ratio", "stays", "heaviest step"):
+    for name in (*parts, "estimate", "measured", "ratio", "allocated", "ratio", "stays", "heaviest step"):
         found.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        good = abs(result.ratio - 1) <= TOLERANCE
         numbers = [*(result.estimate[name] for name in parts), sum(result.estimate.values()), result.peak]
         heaviest = result.tokens.index(max(result.tokens)) // result.point.accumulate + 1
         found.add_row(
             result.point.name,
             *(f"{number / MIB:.0f}" for number in numbers),
-            f"{result.ratio:.3f}" if good else f"[red]{result.ratio:.3f}[/]",
+            marked(result.ratio),
+            f"{result.allocated / MIB:.0f}",
+            marked(result.ratio_allocated),
             f"{result.stays / MIB:.0f}",
             f"{heaviest} of {len(result.tokens) // result.point.accumulate}",
         )
     return found
+
+
+def is_off(ratio: float) -> bool:
+    """By more than is asked for."""
+    return abs(ratio - 1) > TOLERANCE
+
+
+def marked(ratio: float) -> str:
+    """A ratio, red where it is off."""
+    return f"[red]{ratio:.3f}[/]" if is_off(ratio) else f"{ratio:.3f}"
 
 
 def write_csv(file: Path, results: list[Result]) -> None:
@@ -275,11 +309,12 @@ def write_csv(file: Path, results: list[Result]) -> None:
     with file.open("w", newline="") as opened:
         writer = csv.writer(opened)
         names = list(results[0].estimate)
-        writer.writerow(["training", *names, "estimate", "measured", "ratio", "stays", "tokens"])
+        last = ["estimate", "measured", "ratio", "allocated", "ratio_allocated", "stays", "tokens"]
+        writer.writerow(["training", *names, *last])
         for result in results:
             numbers = [*result.estimate.values(), sum(result.estimate.values()), result.peak]
-            tokens = " ".join(map(str, result.tokens))
-            writer.writerow([result.point.name, *numbers, f"{result.ratio:.4f}", result.stays, tokens])
+            ratios = [f"{result.ratio:.4f}", result.allocated, f"{result.ratio_allocated:.4f}"]
+            writer.writerow([result.point.name, *numbers, *ratios, result.stays, " ".join(map(str, result.tokens))])
 
 
 def parse() -> argparse.Namespace:
@@ -299,7 +334,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run all points; 1 if the estimate is off anywhere."""
+    """Run all points; 1 if an estimate is off anywhere."""
     from against_trl import plain_model
 
     arguments = parse()
@@ -312,14 +347,16 @@ def main() -> int:
         setting = Setting(model, *given, Path(folder).resolve())
         for number in arguments.points or range(len(POINTS)):
             results.append(compare(setting, POINTS[number], arguments.output / "logs"))
-            console.print(f"{number}: {results[-1].point.name}: {results[-1].ratio:.3f}")
+            ratios = f"{results[-1].ratio:.3f}, allocated {results[-1].ratio_allocated:.3f}"
+            console.print(f"{number}: {results[-1].point.name}: {ratios}")
             write_csv(arguments.output / "memory.csv", results)
     console.print(table(results))
-    off = [result for result in results if abs(result.ratio - 1) > TOLERANCE]
+    off = [sum(map(is_off, ratios)) for ratios in zip(*((r.ratio, r.ratio_allocated) for r in results), strict=True)]
     console.print(
-        f"{len(off)} of {len(results)} off by more than {TOLERANCE:.0%}; written to {arguments.output}/memory.csv"
+        f"off by more than {TOLERANCE:.0%}: {off[0]} of {len(results)} of what is measured, {off[1]} of what is "
+        f"allocated; written to {arguments.output}/memory.csv"
     )
-    return 1 if off else 0
+    return 1 if any(off) else 0
 
 
 if __name__ == "__main__":

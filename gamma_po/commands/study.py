@@ -103,7 +103,7 @@ def run(testbed: Testbed, options: BanditOptions, arguments: list[str]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # faster than several for tensors of this size
     try:
-        study = protocol.run(workers=options.workers or available_workers())
+        study = dataclasses.replace(protocol.run(workers=options.workers or available_workers()), scope=testbed.scope)
     finally:
         torch.set_num_threads(threads)
     print_study(study, Console())

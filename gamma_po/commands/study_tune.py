@@ -37,7 +37,7 @@ from gamma_po.studies.lm_tuning import (
 from gamma_po.studies.report import write_parquet
 from gamma_po.studies.running import Row
 from gamma_po.studies.study import Study
-from gamma_po.studies.tuned import TUNING_SEED
+from gamma_po.studies.worlds import TUNING_SEED
 
 FOLLOWERS = "An arm tuned_as another has the options chosen for that; a matched slope follows its arm, run by run."
 

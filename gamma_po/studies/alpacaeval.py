@@ -2,7 +2,7 @@
 
 The candidates of an instruction are the responses of the bandit. The policy sees the text's features only. A seed
 draws which instructions are held out, which pairs are compared, labels and flips; the answers are always the same, so
-intervals are over these draws and not over other instructions.
+intervals are over these draws and not over other instructions. Seeds for tuning draw from instructions of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pyarrow.parquet as pq
 import torch
@@ -22,6 +22,7 @@ from gamma_po.errors import DataError
 from gamma_po.studies.bandit import RandomFunction
 from gamma_po.studies.text_features import standardised, text_features
 from gamma_po.studies.worlds import (
+    TUNING_SEED,
     HeldOut,
     Worlds,
     draw_worlds,
@@ -31,6 +32,7 @@ from gamma_po.studies.worlds import (
 )
 
 FEWEST_ANSWERS = 4
+PARTS = 3  # stream of `generator_of`: which instructions are for tuning
 ANNOTATIONS = "weighted_alpaca_eval_gpt4_turbo/annotations.json"
 SMALLEST_SHARE = 1e-4  # a preference of 1 is read as odds of 1 to 10,000
 COLUMNS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
@@ -52,15 +54,21 @@ class AlpacaEval:
         answers: of all instructions.
         source: where they are from.
         pairs: training pairs, about equally many per training instruction.
-        held_out: share of the instructions held out.
+        held_out: share of a seed's instructions held out.
+        tuning: share of all instructions that tuning seeds, and only they, draw from.
         sharpness, units: of the reference, as in `Bandit`.
         label_gap: labels are Bradley-Terry on this many times the difference of log-odds.
     """
 
+    scope: ClassVar[str] = (
+        "Every seed draws pairs, labels and what is held out from the same instructions and answers: the intervals "
+        "hold for these, not for other instructions."
+    )
     answers: Answers = field(repr=False)
     source: str
     pairs: int = 1024
     held_out: float = 0.4
+    tuning: float = 0.3
     sharpness: float = 1.5
     units: int = 32
     label_gap: float = 1.0
@@ -87,8 +95,8 @@ class AlpacaEval:
         return draw_worlds(seeds, rhos, self._world)
 
     def _world(self, seed: int, rho: float) -> Worlds:
-        generator = generator_of(seed)
-        order = torch.randperm(len(self.answers.gold), generator=generator)
+        generator, own = generator_of(seed), self.instructions(seed)
+        order = own[torch.randperm(len(own), generator=generator)]
         features, gold, exists = (values[order] for values in self.answers)
         nuisance = RandomFunction(features, self.units, generator)(features)
         known = gold[exists]
@@ -99,6 +107,12 @@ class AlpacaEval:
         pairs = preference_pairs(features[rows], reference[rows], gold[rows], self.label_gap, generator)
         held_out = HeldOut(*(values[None, :test] for values in (features, reference, gold)))
         return Worlds(pairs, held_out, (seed,), (rho,))
+
+    def instructions(self, seed: int) -> Tensor:
+        """Return which instructions a seed draws from: those for tuning, or all others."""
+        parts = torch.randperm(len(self.answers.gold), generator=generator_of(0, PARTS))
+        tuning = round(self.tuning * len(parts))
+        return parts[:tuning] if seed >= TUNING_SEED else parts[tuning:]
 
 
 def _answers(scores: dict[str, dict[str, float]]) -> Answers:

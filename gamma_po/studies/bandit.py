@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Bandit:
         calibration: further prompts, one pair each, that are neither trained nor measured on.
     """
 
+    scope: ClassVar[str] = ""  # every seed is a world of its own
     prompts: int = 1024
     held_out: int = 256
     responses: int = 16

@@ -3,6 +3,7 @@
 A map with strength k (see `Map`) is trained for every k of a list. Held-out pairs then say which policy explains
 their labels best, by the likelihood s(c (f_chosen - f_rejected)) with the best c for each policy; what is not better
 than no margin by more than two standard errors is not trusted. The labels may be noisy, if there are more of them.
+The control is what the same pairs give when they are trained on instead.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from gamma_po.errors import ConfigError, DataError
 from gamma_po.losses import DPO
 from gamma_po.margins import Map, NoMargin
 from gamma_po.studies.arms import MAP_BUDGET, base_arms
-from gamma_po.studies.running import Job, Row, Testbed, run_jobs, split
+from gamma_po.studies.bandit import Bandit
+from gamma_po.studies.further_pairs import TrainedOn
+from gamma_po.studies.running import Job, Row, run_jobs, split
 from gamma_po.studies.settings import Setting
 from gamma_po.studies.study import Study, common_checks, compare, oracle_check
 from gamma_po.studies.training import Training
@@ -117,7 +120,7 @@ class Calibrated:
         training: steps, batch, schedule.
     """
 
-    testbed: Testbed
+    testbed: Bandit
     seeds: tuple[int, ...]
     rhos: tuple[float, ...] = (0.0, 0.5, 0.75)
     flips: tuple[float, ...] = (0.0, 0.2, 0.4)
@@ -136,11 +139,13 @@ class Calibrated:
             testbed=self.testbed, seeds=self.seeds, rhos=self.rhos, settings=tuple(settings), training=self.training,
             kls=self.kls, traced=frozenset({"dpo"}), calibration_clean=self.clean,
         )  # fmt: skip
-        found = run_jobs(split(job, seeds_at_once), workers=workers, description="strengths", visible=visible)
+        jobs = [part for own in (job, *self._trained_on(job)) for part in split(own, seeds_at_once)]
+        found = run_jobs(jobs, workers=workers, description="strengths", visible=visible)
         rows = self._with_choices(found.rows)
         metrics = ("win_rate", f"win_rate_kl{self.kls[0]:g}")
         oracle = "oracle: no flipped pairs"
         against = {name: ("dpo", "map") for name in self._choices()} | {"map": ("dpo",), oracle: ("dpo",)}
+        against |= dict.fromkeys(self._further(), ("dpo",))
         return Study(
             title=f"the map's strength chosen on held-out pairs: β = {self.beta:g}, lr {self.learning_rate:g}",
             config=self.config(), metrics=metrics, rows=rows, traces=found.traces,
@@ -155,11 +160,29 @@ class Calibrated:
 
     def _choices(self) -> dict[str, str]:
         """Arms that are chosen, and the column of what they are chosen by."""
-        noisy = getattr(self.testbed, "calibration", 0)
         return {
             f"map, calibrated on {self.clean} clean pairs": "calibration_clean",
-            f"map, calibrated on {noisy} noisy pairs": "calibration_noisy",
+            f"map, calibrated on {self.testbed.calibration} noisy pairs": "calibration_noisy",
         }
+
+    def _further(self) -> dict[str, TrainedOn]:
+        """Arms of the base loss that are trained on the calibration pairs, and their worlds."""
+        noisy = self.testbed.calibration
+        return {
+            f"dpo on the {self.clean} clean pairs alone": TrainedOn(testbed=self.testbed, own=False, clean=self.clean),
+            f"dpo on the {self.clean} clean pairs, too": TrainedOn(testbed=self.testbed, clean=self.clean),
+            f"dpo on the {noisy} noisy pairs, too": TrainedOn(testbed=self.testbed, noisy=noisy),
+        }
+
+    def _trained_on(self, job: Job) -> list[Job]:
+        same = {"loss": DPO(beta=self.beta), "learning_rate": self.learning_rate}
+        return [
+            dataclasses.replace(
+                job, testbed=testbed, calibration_clean=0,
+                settings=tuple(Setting(arm=name, flip_rate=flips, **same) for flips in self.flips),
+            )
+            for name, testbed in self._further().items()
+        ]  # fmt: skip
 
     def _settings(self, flips: float) -> list[Setting]:
         same = {"loss": DPO(beta=self.beta), "learning_rate": self.learning_rate, "flip_rate": flips}

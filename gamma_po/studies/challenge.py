@@ -1,12 +1,14 @@
 """The open challenge: how much of what wrong labels cost can be had back without clean labels?
 
 *What is attainable*: a label flipped with probability ε carries at most (1-2ε)² of the information of a clean one, so
-DPO on that many times as many clean pairs stands on one side; an ensemble over initial weights and batch orders,
-which averages away what training adds, on the other. *What was tried*: the likelihood of a mixture of right and wrong
+DPO on that many times as many clean pairs stands on one side; on the other an ensemble over initial weights and batch
+orders, which averages away what training adds, and the best linear average under the prior that gold rewards are drawn
+from. *What was tried*: the likelihood of a mixture of right and wrong
 labels (its gradient weighs each pair by the posterior that its label is right), and cross-fitting: networks that have
 not seen a pair say how likely its label is right, and a last network learns from these soft labels, or from the pairs
 that they agree with.
-All of them are told ε; all are tuned over β and learning rate on seeds of their own; compared at equal KL.
+All of them are told ε; all but the linear average are tuned over β and learning rate on seeds of their own; compared at
+equal KL.
 """
 
 from __future__ import annotations
@@ -23,17 +25,18 @@ from torch import Tensor
 from gamma_po.progress import track
 from gamma_po.schedules import warmup_then
 from gamma_po.studies.bandit import Bandit
+from gamma_po.studies.linear_average import linear_average
 from gamma_po.studies.measures import TEMPERATURES, Judge
 from gamma_po.studies.methods import geometric
 from gamma_po.studies.network import Network, Optimizer, gradients, initial, scores, with_constant
 from gamma_po.studies.running import Row, measured
 from gamma_po.studies.study import Study, compare
 from gamma_po.studies.training import Training, batch_rows
-from gamma_po.studies.tuned import TUNING_SEED
-from gamma_po.studies.worlds import HeldOut, Pairs, Worlds, labels
+from gamma_po.studies.worlds import TUNING_SEED, HeldOut, Pairs, Worlds, labels
 
 Pull = Callable[[Tensor, Tensor, float], Tensor]  # h of first over second, P(first preferred), ε -> ∂loss/∂h
 FOLDS = 4
+UNTUNED = (1.0, 0.0)  # β and learning rate of what has neither
 
 
 class Job(NamedTuple):
@@ -46,6 +49,7 @@ class Job(NamedTuple):
     learning_rate: Tensor  # [S]
     flip_rate: float
     how: Training
+    label_gap: float = 2.0
 
 
 def logistic_pull(h: Tensor, target: Tensor, flip_rate: float) -> Tensor:
@@ -89,12 +93,28 @@ def mean_scores(network: Network, x: Tensor, members: int) -> Tensor:
     return found.unflatten(0, (-1, members)).mean(1)
 
 
+def networks(job: Job, contender: Contender, x: Tensor) -> Tensor:
+    """Train, and score responses; x [W, B, F] -> [W, S, B]."""
+    return mean_scores(train_members(job, contender.pull), x, contender.members)
+
+
+def best_linear(job: Job, contender: Contender, x: Tensor) -> Tensor:
+    """Score responses by `linear_average`, alike for every configuration; x [W, B, F] -> [W, S, B]."""
+    found = []
+    for world, (first, second) in enumerate(zip(*job.worlds.pairs[:2], strict=True)):
+        own, label = job.keep[world, 0], 2 * job.target[world] - 1
+        how = {"flip_rate": job.flip_rate, "gap": job.label_gap}
+        found.append(linear_average(first[own], second[own], label[own], x[world], **how))
+    return torch.stack(found)[:, None].expand(-1, len(job.beta), -1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contender:
     """A way to learn from noisy pairs.
 
     Args:
         name: in the tables.
+        learn: scores responses after learning from a job's pairs; `networks` has options to tune, `best_linear` none.
         members: networks whose scores are averaged.
         pull: of the loss.
         pairs: "noisy"; "unflipped", the oracle that leaves flipped pairs out; or "few clean": (1-2ε)² of them.
@@ -102,6 +122,7 @@ class Contender:
     """
 
     name: str
+    learn: Callable[[Job, Contender, Tensor], Tensor] = networks
     members: int = 1
     pull: Pull = logistic_pull
     pairs: str = "noisy"
@@ -115,6 +136,8 @@ CONTENDERS = (
     Contender(name="ensemble of 8 on (1-2ε)² as many clean pairs", members=8, pairs="few clean"),
     Contender(name="oracle: no flipped pairs", pairs="unflipped"),
     Contender(name="oracle, ensemble of 8", members=8, pairs="unflipped"),
+    Contender(name="best linear average, prior known", learn=best_linear),
+    Contender(name="oracle, best linear average, prior known", learn=best_linear, pairs="unflipped"),
     Contender(name="mixture likelihood", pull=mixture_pull),
     Contender(name="cross-fitted soft labels", teacher="soft"),
     Contender(name="cross-fitted agreement", teacher="agreement"),
@@ -160,16 +183,19 @@ class Challenge:
         for (rho, flips), contender in track(todo, "contenders", visible=visible):
             teacher = teachers.get((rho, flips))
             seeds = tuple(range(TUNING_SEED, TUNING_SEED + self.tuning_seeds))
-            grid = [(beta, rate) for beta in self.betas for rate in self.learning_rates]
-            found = self._measured(contender, seeds, rho, flips, grid, teacher)
-            metric = f"win_rate_kl{self.kls[0]:g}"
-            means = [_mean([row[metric] for row in found if row["configuration"] == n]) for n in range(len(grid))]
-            best = grid[max(range(len(grid)), key=means.__getitem__)]
+            best = UNTUNED
+            if contender.learn is networks:
+                grid = [(beta, rate) for beta in self.betas for rate in self.learning_rates]
+                found = self._measured(contender, seeds, rho, flips, grid, teacher)
+                metric = f"win_rate_kl{self.kls[0]:g}"
+                means = [_mean([row[metric] for row in found if row["configuration"] == n]) for n in range(len(grid))]
+                best = grid[max(range(len(grid)), key=means.__getitem__)]
+                tuned.append(_tuned_row(contender, rho, flips, best, self, max(means)))
+                rows += [{"stage": "tuning"} | row for row in found]
             if contender.name == "dpo":
                 teachers[rho, flips] = best
-            tuned.append(_tuned_row(contender, rho, flips, best, self, max(means)))
             final = self._measured(contender, self.seeds, rho, flips, [best], teacher)
-            rows += [{"stage": "tuning"} | row for row in found] + [{"stage": "evaluation"} | row for row in final]
+            rows += [{"stage": "evaluation"} | row for row in final]
         metrics = (f"win_rate_kl{self.kls[0]:g}",)
         against = {contender.name: ("dpo",) for contender in CONTENDERS[1:]}
         final = [row for row in rows if row["stage"] == "evaluation"]
@@ -194,9 +220,8 @@ class Challenge:
         if contender.teacher is not None:
             assert teacher is not None, "the tuned DPO, which teaches, comes first"
             job = taught(job, contender.teacher, teacher)
-        network = train_members(job, contender.pull)
         held_out = worlds.held_out
-        f = mean_scores(network, held_out.features.flatten(1, 2), contender.members)
+        f = contender.learn(job, contender, held_out.features.flatten(1, 2))
         right = ((job.target > 0.5) == job.worlds.pairs.first_preferred)[:, None].expand_as(job.keep)
         share = (right & job.keep).sum((1, 2)) / job.keep.sum((1, 2))
         rows = []
@@ -224,7 +249,8 @@ class Challenge:
             first, keep = worlds.pairs.first_preferred, keep[:, :few]
         members = keep[:, None].expand(-1, contender.members, -1)
         beta, rate = torch.tensor(grid).T
-        return Job(worlds, first.float(), members, beta, rate, flips, how)
+        left = flips if contender.pairs == "noisy" else 0.0
+        return Job(worlds, first.float(), members, beta, rate, left, how, self.testbed.label_gap)
 
 
 def taught(job: Job, kind: str, teacher: tuple[float, float]) -> Job:

@@ -14,7 +14,7 @@ from gamma_po.errors import DataError, require, require_integer
 from gamma_po.studies.lm_plan import LanguageArm, LanguageStudy, Unit, check_names, option, plan
 from gamma_po.studies.methods import Axis, Config, at_edges, neighbourhood
 from gamma_po.studies.running import Row
-from gamma_po.studies.tuned import TUNING_SEED
+from gamma_po.studies.worlds import TUNING_SEED
 
 Tried = dict[Config, float]  # mean win rate over the tuning seeds, by configuration
 LIMITS = {"label_smoothing": 0.5}  # options that stay below a value when a grid is extended

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ REFERENCE_TOLERANCE = 1e-12  # rounding of sums in float64
 
 class Testbed(Protocol):
     """Where worlds come from."""
+
+    scope: ClassVar[str]  # what intervals over seeds hold for, where seeds alone do not say that
 
     def draw(self, seeds: Sequence[int], rhos: Sequence[float]) -> Worlds:
         """Return a world for every seed and ρ."""
@@ -214,11 +216,12 @@ def measured(judge: Judge, f: Tensor, kls: Iterable[float]) -> dict[str, Tensor]
         ArithmeticError: the reference does not win exactly half against itself.
     """
     reference = judge.outcome(torch.zeros(f.shape[-2:]))
-    if max(abs(float(reference.win_rate) - 0.5), abs(float(reference.kl))) > REFERENCE_TOLERANCE:
+    error = max(abs(float(reference.win_rate) - 0.5), abs(float(reference.kl)))
+    if not error <= REFERENCE_TOLERANCE:
         raise ArithmeticError(f"the reference against itself has win rate {reference.win_rate}, KL {reference.kl}")
     trained = judge.outcome(f)
     columns = {"win_rate": trained.win_rate, "kl": trained.kl, "gold": trained.gold}
-    columns["pair_accuracy"] = judge.pair_accuracy(f)
+    columns |= {"pair_accuracy": judge.pair_accuracy(f), "reference_error": torch.full_like(trained.kl, error)}
     for kl in kls:
         scale = judge.scale_for(f, kl)
         columns[f"win_rate_kl{kl:g}"] = judge.outcome(f, scale).win_rate

@@ -15,11 +15,11 @@ from gamma_po.studies.settings import Setting
 from gamma_po.studies.slope import Slope, fit_slope, matched
 from gamma_po.studies.study import Study, common_checks, compare, oracle_check
 from gamma_po.studies.training import Training
+from gamma_po.studies.worlds import TUNING_SEED
 
 Key = tuple[str, float, float]  # method, ρ, flip rate
 Scores = dict[Key, dict[Config, float]]
 FRONTIER = (0.1, 0.25, 0.5, 2.0)  # further KLs at which tuned policies are measured
-TUNING_SEED = 1_000_000  # tuning seeds start here, evaluation seeds at 0
 BASE, ORACLE = "dpo", "oracle: no flipped pairs"
 
 

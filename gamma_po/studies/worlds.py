@@ -16,6 +16,8 @@ from torch import Tensor
 from gamma_po.errors import require
 from gamma_po.types import PairLogps
 
+TUNING_SEED = 1_000_000  # tuning seeds start here, evaluation seeds at 0
+
 
 class Pairs(NamedTuple):
     """Training pairs; `first` and `second` are in random order, the label says which is preferred."""

@@ -11,9 +11,11 @@ from gamma_po.errors import ConfigError
 from gamma_po.losses import DPO
 from gamma_po.margins import Map
 from gamma_po.studies import challenge
-from gamma_po.studies.bandit import Bandit
+from gamma_po.studies.bandit import Bandit, RandomFunction
 from gamma_po.studies.calibration import Calibrated, choose
 from gamma_po.studies.figures import style
+from gamma_po.studies.further_pairs import TrainedOn
+from gamma_po.studies.linear_average import SEED, UNITS, linear_average
 from gamma_po.studies.measures import log_likelihoods
 from gamma_po.studies.methods import METHODS
 from gamma_po.studies.network import scores
@@ -101,7 +103,65 @@ def test_calibration_avoids_the_map_at_an_uninformed_reference_and_keeps_it_at_a
 
     assert gain("map", 0.0) < -0.02 < gain("map, calibrated on 300 clean pairs", 0.0)
     assert gain("map, calibrated on 300 clean pairs", 0.75) > 0.02
+    for name in (
+        "dpo on the 300 clean pairs alone",
+        "dpo on the 300 clean pairs, too",
+        "dpo on the 3000 noisy pairs, too",
+    ):
+        assert gain(name, 0.0) > 0.02 and gain(name, 0.75) > 0.02  # what the map has to beat
     assert not any(name.startswith("calibration_") for row in study.rows for name in row)
+
+
+def test_pairs_held_out_for_calibration_can_be_trained_on_with_and_without_flips():
+    testbed = Bandit(prompts=50, held_out=8, calibration=400)
+    plain = testbed.draw((0, 1), (0.5,))
+    own, further = plain.pairs, plain.calibration
+    alone = TrainedOn(testbed=testbed, own=False, clean=100).draw((0, 1), (0.5,)).pairs
+    assert torch.equal(alone.first, further.first[:, :100])
+    assert torch.equal(labels(alone, 0.49).first_chosen, further.first_preferred[:, :100])
+    beside = TrainedOn(testbed=testbed, noisy=400).draw((0, 1), (0.5,)).pairs
+    for name in ("first", "second", "first_preferred", "coin", "responses"):
+        assert torch.equal(getattr(beside, name), torch.cat([getattr(own, name), getattr(further, name)], dim=1))
+    assert float(labels(beside, 0.4).flipped[:, 50:].double().mean()) == pytest.approx(0.4, abs=0.06)  # of 800 coins
+    with pytest.raises(ConfigError, match="calibration=400"):
+        TrainedOn(testbed=testbed, clean=401)
+    with pytest.raises(ConfigError, match="clean=0, noisy=0"):
+        TrainedOn(testbed=testbed)
+
+
+def test_the_linear_average_is_the_regression_of_gold_rewards_on_noisy_labels():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(6 + 2 * 8, 5, generator=generator)
+    responses, first, second = x.split([6, 8, 8])
+    basis = torch.eye(8)
+    found = torch.stack([linear_average(first, second, y, responses, flip_rate=0.2, gap=2.0) for y in basis], dim=1)
+    units = RandomFunction(
+        responses, UNITS, torch.Generator().manual_seed(SEED)
+    )  # the prior's units, gold ~ N(0, Φ Φ')
+    terms = torch.tanh(x @ units.weight + units.bias).double()
+    root = torch.linalg.cholesky(terms @ terms.T / terms[:6].var(0).sum())
+    gold = torch.randn(1_000_000, len(x), generator=generator, dtype=torch.float64) @ root.T
+    d = gold[:, 6:14] - gold[:, 14:]
+    wins = torch.rand(d.shape, generator=generator) < torch.sigmoid(2 * d)
+    flips = torch.rand(d.shape, generator=generator) < 0.2
+    y = torch.where(wins ^ flips, 1.0, -1.0).double()
+    expected = torch.linalg.lstsq(y, gold[:, :6]).solution.T
+    assert float(expected.abs().max()) > 0.1
+    # covariances of labels are of first order: 0.01; the regression's standard error: 0.002
+    assert torch.allclose(found, expected, atol=0.015)
+
+
+def test_the_challenge_tunes_what_has_options_and_compares_all():
+    protocol = challenge.Challenge(
+        testbed=Bandit(prompts=64, held_out=16), seeds=(0, 1), tuning_seeds=1, betas=(0.1, 0.3), learning_rates=(0.01,),
+        kls=(0.1,), training=Training(steps=10),
+    )  # fmt: skip
+    study = protocol.run(workers=1, visible=False)
+    names = {contender.name for contender in challenge.CONTENDERS}
+    compared = {row["arm"] for row in study.rows if row["stage"] == "evaluation"}
+    untuned = {"best linear average, prior known", "oracle, best linear average, prior known"}
+    assert compared == names and {row["arm"] for row in study.tuned} == names - untuned
+    assert {pairing.arm for pairing in study.pairings} == names - {"dpo"}
 
 
 def test_the_challenge_trains_as_the_studies_do():

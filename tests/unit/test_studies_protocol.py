@@ -13,7 +13,7 @@ import torch
 
 from gamma_po.commands.study import main
 from gamma_po.errors import ConfigError, DataError
-from gamma_po.studies.alpacaeval import AlpacaEval
+from gamma_po.studies.alpacaeval import AlpacaEval, Answers
 from gamma_po.studies.bandit import Bandit
 from gamma_po.studies.comparison import Difference, holm, paired, t_quantile, verdict
 from gamma_po.studies.methods import METHODS, Axis, at_edges, methods, neighbourhood
@@ -22,6 +22,7 @@ from gamma_po.studies.slope import Slope, fit_slope, matched
 from gamma_po.studies.text_features import text_features
 from gamma_po.studies.training import Training
 from gamma_po.studies.tuned import Tuned
+from gamma_po.studies.worlds import TUNING_SEED
 
 # two-sided 95 % points of Student's t, from printed tables
 PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 29: 2.045, 60: 2.000, 120: 1.980}
@@ -181,9 +182,23 @@ def test_held_out_instructions_are_not_trained_on_and_missing_answers_are_never_
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     worlds = AlpacaEval.read(str(tmp_path)).draw((0, 1), (0.75,))
     assert worlds.pairs.first.shape[:2] == (2, 1024)
-    assert worlds.held_out.gold.shape == (2, 12, 10)
+    assert worlds.held_out.gold.shape == (2, 8, 10)  # 40 % of the 21 that are not for tuning
     assert bool(worlds.pairs.reference_first.isfinite().all() and worlds.pairs.reference_second.isfinite().all())
     assert bool((worlds.pairs.first != worlds.pairs.second).any(-1).all())
+
+
+def test_tuning_seeds_see_no_instruction_of_the_comparison():
+    generator = torch.Generator().manual_seed(5)
+    features, gold = (torch.randn(30, 10, *size, generator=generator) for size in ((4,), ()))
+    testbed = AlpacaEval(answers=Answers(features, gold, torch.ones(30, 10, dtype=torch.bool)), source="random")
+
+    def answers(seeds):
+        worlds = testbed.draw(seeds, (0.5,))
+        seen = torch.cat([worlds.pairs.responses.flatten(1, 2), worlds.held_out.features.flatten(1, 2)], dim=1)
+        return {tuple(row.tolist()) for row in seen.flatten(0, 1)}
+
+    tuning, compared = answers((TUNING_SEED, TUNING_SEED + 1)), answers((0, 1, 2))
+    assert len(tuning) == 9 * 10 and len(compared) == 21 * 10 and not tuning & compared
 
 
 def test_unusable_answers_are_named(tmp_path):
