@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
-from gamma_po.studies.running import Row, Trace
-from gamma_po.studies.study import Study, place
+from gamma_po.studies.running import Cell, Row, Trace
+from gamma_po.studies.slope import Slope
+from gamma_po.studies.study import COMPARED, Study, place
 
+Curve = tuple[np.ndarray, np.ndarray]  # reward margin and gradient weight, a mean per bin each
 STRENGTH = re.compile(r"kl γ0=([\d.]+) τ=([\d.]+)$")
 BINS = 24
 FONT = 10
@@ -30,20 +32,25 @@ def figures(study: Study) -> dict[str, Figure]:
     """Return what can be drawn of a study, by file name."""
     found = {}
     if all("win_rate" in row for row in study.rows):  # not of a language model without gold rewards
-        found["frontier"] = frontier_figure(study)
+        found["frontier"] = frontier_figure(study.rows)
     if study.traces:
-        found["gradient_weight"] = weight_figure(study)
-    if any(STRENGTH.match(pairing.arm) for pairing in study.pairings):
+        found["gradient_weight"] = weight_figure(curves(study.traces), study.slopes)
+    if any(STRENGTH.match(p.arm) and p.known and p.metric == study.metrics[-1] for p in study.pairings):
         found["phase_diagram"] = phase_figure(study)
     return found
 
 
-def frontier_figure(study: Study) -> Figure:
+def curves(traces: Mapping[Cell, Trace]) -> dict[Cell, Curve]:
+    """Return what `weight_figure` draws of traces: means in bins of equal numbers of pairs."""
+    return {cell: _binned(trace) for cell, trace in traces.items()}
+
+
+def frontier_figure(all_rows: Sequence[Row]) -> Figure:
     """Draw the gold win rate against KL: as trained (dots), and rescaled to common KLs (lines).
 
     A panel per ρ and flip rate; means over seeds. A line ends where one of its seeds cannot reach the KL.
     """
-    rows = [row for row in study.rows if row["stage"] in ("arms", "control", "evaluation")]
+    rows = [row for row in all_rows if row["stage"] in COMPARED]
     figure, panels = _panels(rows)
     kls = sorted(float(name[len("win_rate_kl") :]) for name in rows[0] if name.startswith("win_rate_kl"))
     arms, named = list(dict.fromkeys(row["arm"] for row in rows)), set()
@@ -67,24 +74,23 @@ def frontier_figure(study: Study) -> Figure:
     return figure
 
 
-def weight_figure(study: Study) -> Figure:
+def weight_figure(curves: Mapping[Cell, Curve], slopes: Mapping[Cell, Slope]) -> Figure:
     """Draw the mean gradient weight of pairs by their reward margin, and what the matched slope makes of it."""
-    rhos = sorted({cell[1] for cell in study.traces})
-    flips = sorted({cell[2] for cell in study.traces})
+    rhos = sorted({cell[1] for cell in curves})
+    flips = sorted({cell[2] for cell in curves})
     figure = Figure(figsize=(3.6 * len(flips) + 2.4, max(SMALLEST_HEIGHT / 1.5, 2.8 * len(rhos))), layout="constrained")
     grid = figure.subplots(len(rhos), len(flips), squeeze=False, sharey=True)
     named = set()
-    for (arm, rho, rate), trace in study.traces.items():
+    for (arm, rho, rate), (h, weight) in curves.items():
         axes = grid[rhos.index(rho), flips.index(rate)]
         axes.set_title(place(rho, rate), fontsize=FONT)
-        names = sorted({cell[0] for cell in study.traces})
+        names = sorted({cell[0] for cell in curves})
         colour = style(names.index(arm), len(names))[0]
         first = arm not in named
         named.add(arm)
-        h, weight = _binned(trace)
         axes.plot(h, weight, "-", color=colour, lw=1.5, label=arm if first else None)
-        if (arm, rho, rate) in study.slopes:
-            slope = study.slopes[arm, rho, rate]
+        if (arm, rho, rate) in slopes:
+            slope = slopes[arm, rho, rate]
             fitted = 1 / (1 + np.exp(slope.b * h - slope.a))
             axes.plot(h, fitted, "--", color=colour, lw=1, label=f"{arm}: s(a - b h)" if first else None)
     _legend(figure, "reward margin h, reward units", "mean gradient weight")
@@ -93,7 +99,7 @@ def weight_figure(study: Study) -> Figure:
 
 def phase_figure(study: Study) -> Figure:
     """Draw the gain over the base loss for every γ0 and τ, a panel per ρ and flip rate; dots are significant."""
-    pairings = [p for p in study.pairings if STRENGTH.match(p.arm) and p.metric == study.metrics[-1]]
+    pairings = [p for p in study.pairings if STRENGTH.match(p.arm) and p.metric == study.metrics[-1] and p.known]
     rhos, flips = sorted({p.rho for p in pairings}), sorted({p.flip_rate for p in pairings})
     gamma0s, taus = (sorted({float(STRENGTH.match(p.arm)[k]) for p in pairings}) for k in (1, 2))
     bound = max(abs(p.difference.mean) for p in pairings)
@@ -153,7 +159,7 @@ def _legend(figure: Figure, x: str, y: str) -> None:
     figure.legend(loc="outside right upper", fontsize=FONT - 2, frameon=False)
 
 
-def _binned(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+def _binned(trace: Trace) -> Curve:
     """Means of h and weight in bins of equal numbers of pairs."""
     order = trace.reward_margin.argsort()
     h, weight = (torch.chunk(values[order].double(), BINS) for values in (trace.reward_margin, trace.weight))

@@ -15,12 +15,11 @@ import torch
 
 from gamma_po.errors import DataError
 from gamma_po.files import write_text
-from gamma_po.studies.comparison import paired
 from gamma_po.studies.lm_outcome import outcome, read_trace, test_scores
 from gamma_po.studies.lm_plan import LanguageStudy, PlannedRun, Unit, beta_of, put
 from gamma_po.studies.running import Cell, Row, Trace
 from gamma_po.studies.slope import Slope, fit_slope
-from gamma_po.studies.study import Study, by_cell, compare, place
+from gamma_po.studies.study import Study, compare, qualified, reference_check, without_power
 
 LEVELS = (
     "kl", "sample_gold", "sample_kl", "sample_length_policy", "gradient_on_flipped", "flipped", "gamma_mean",
@@ -100,12 +99,14 @@ def collect(study: LanguageStudy, units: Sequence[Unit], folder: Path) -> Study:
     counts = {"sample_win_rate": "sample_prompts", "pair_accuracy": "test_pairs"}
     steps = {metric: 0.5 / max(1, *(row[name] for row in rows)) for metric, name in counts.items()}  # ties count half
     traces = _traces(rows, folder, {study.base} | fitted)
+    powerless = without_power(rows, metrics, study.base, _oracles(rows), steps)
     return Study(
         title="S3, a language model: one β and learning rate for every arm, unless the arm says otherwise",
         config=asdict(study) | {"protocol": "P1"}, metrics=metrics, rows=rows,
-        pairings=compare(rows, against, metrics, study.margin, steps), traces=traces,
+        pairings=qualified(compare(rows, against, metrics, study.margin, steps), powerless), traces=traces,
         slopes={cell: fit_slope(t.reward_margin, t.weight) for cell, t in traces.items() if cell[0] in fitted},
-        checks=_checks(study, rows, metrics[-1]), levels=measured_columns(rows, LEVELS), scope=SCOPE,
+        checks=_checks(study, rows), levels=measured_columns(rows, LEVELS),
+        scope=" ".join([SCOPE, *powerless.values()]),
     )  # fmt: skip
 
 
@@ -150,26 +151,16 @@ def _equal_to_base(study: LanguageStudy, rows: Sequence[Row], folder: Path) -> d
     return found
 
 
-def _checks(study: LanguageStudy, rows: Sequence[Row], metric: str) -> list[tuple[str, bool]]:
-    """γ = 0 is the base loss; the reference wins half against itself (else there is no row); the oracle wins."""
+def _oracles(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["arm"] for row in rows if row["mask"] == "flipped"))
+
+
+def _checks(study: LanguageStudy, rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """The reference wins half against itself; γ = 0 is the base loss. That the oracle wins is no check but a result."""
     differences = [row["equal_to_base"] for row in rows if row["equal_to_base"] is not None]
-    checks = []
-    if study.gold_columns:
-        checks.append(("the reference wins exactly half against itself, with KL 0, in every run", bool(rows)))
+    checks = reference_check(rows) if study.gold_columns else []
     if differences:
         allowed = GPU_TOLERANCE if torch.cuda.is_available() else 0.0
         text = f"γ = 0 scores the test pairs as the base loss does: at most {max(differences):.2g} nats apart"
         checks.append((f"{text}, {allowed:g} allowed, in {len(differences)} runs", max(differences) <= allowed))
-    cells = by_cell(rows, metric)
-    oracle = {row["arm"] for row in rows if row["mask"] == "flipped"}
-    for (arm, rho, flips), values in cells.items():
-        if arm in oracle and flips >= 0.4:
-            base = cells[study.base, rho, flips]
-            seeds = [
-                seed for seed in values if seed in base and values[seed] == values[seed] and base[seed] == base[seed]
-            ]
-            if len(seeds) > 1:
-                gain = paired([values[s] for s in seeds], [base[s] for s in seeds])
-                points = ", ".join(f"{100 * value:+.1f}" for value in gain[:3])
-                checks.append((f"{arm} − {study.base}, {metric}, {place(rho, flips)}: {points} points", gain.mean > 0))
     return checks

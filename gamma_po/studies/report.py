@@ -21,10 +21,12 @@ from gamma_po.commit import source_commit
 from gamma_po.errors import ConfigError
 from gamma_po.files import write_bytes, write_text
 from gamma_po.plotting import save_figure
-from gamma_po.studies.figures import figures
-from gamma_po.studies.study import Pairing, Study, by_cell, place
+from gamma_po.studies.figures import curves, figures
+from gamma_po.studies.running import Cell
+from gamma_po.studies.study import COMPARED, Pairing, Study, by_cell, place
 
-SHORT = {"helps": "helps", "hurts": "hurts", "equivalent": "≈", "cannot": "?"}
+SHORT = {"helps": "helps", "hurts": "hurts", "equivalent": "≈", "cannot": "?", "no": "no verdict"}
+UNDECIDED = ("cannot tell", "no verdict", "not compared")
 Rows = list[list[str]]
 
 
@@ -53,6 +55,9 @@ def write_study(study: Study, folder: Path, command: Sequence[str], seconds: flo
     comparisons = [_comparison_row(pairing) for pairing in study.pairings]
     write_parquet(comparisons, folder / "comparisons.parquet")
     write_csv(comparisons, folder / "comparisons.csv")
+    slopes = [_cell_columns(cell) | slope._asdict() for cell, slope in study.slopes.items()]
+    write_parquet(slopes, folder / "slopes.parquet")
+    write_parquet(_curve_rows(study), folder / "gradient_weights.parquet")
     write_text(folder / "tables.md", markdown(study, record))
     for name, figure in figures(study).items():
         save_figure(figure, folder / f"{name}.png")
@@ -120,21 +125,23 @@ def legend(study: Study) -> str:
     return (
         f"Means over {seeds} seeds; differences in points of win rate, paired by seed, with 95 % intervals. "
         f"helps / hurts: the interval excludes 0 (≈ beside it: by less than ±{margin}); ≈: within ±{margin}, "
-        f"equivalent; ?: cannot tell. * survives Holm's correction for all {len(study.pairings)} comparisons."
+        "equivalent; ?: cannot tell; no verdict: nor can the oracle be told from the base loss. Seeds that are missing "
+        "cannot be brought to the KL. "
+        f"* survives Holm's correction for all {len(study.pairings)} comparisons."
         + (f" {study.scope}" if study.scope else "")
     )
 
 
 def _metric_table(study: Study, metric: str, rho: float | None) -> tuple[str, list[str], Rows]:
     """An arm and its counterpart per row, a column per flip rate; arms without a counterpart show their level."""
-    rows = [row for row in study.rows if row["stage"] in ("arms", "control", "evaluation") and row["rho"] == rho]
+    rows = [row for row in study.rows if row["stage"] in COMPARED and row["rho"] == rho]
     rates = sorted({row["flip_rate"] for row in rows})
     cells = by_cell(rows, metric)
     pairings = {(p.arm, p.against, p.flip_rate): p for p in study.pairings if p.metric == metric and p.rho == rho}
     lines: Rows = []
     seeds = len({row["seed"] for row in rows})
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        levels = [_level(cells.get((arm, rho, rate), {}).values()) for rate in rates]
+        levels = [_level(list(cells.get((arm, rho, rate), {}).values())) for rate in rates]
         against = list(dict.fromkeys(other for name, other, _ in pairings if name == arm))
         lines.append([arm, "(level)", *levels])
         for other in against:
@@ -148,7 +155,7 @@ def _level_table(study: Study) -> tuple[str, list[str], Rows]:
     """Means over seeds of what is not compared."""
     groups: dict[tuple[str, float | None, float], list[dict[str, Any]]] = {}
     for row in study.rows:
-        if row["stage"] in ("arms", "control", "evaluation"):
+        if row["stage"] in COMPARED:
             groups.setdefault((row["arm"], row["rho"], row["flip_rate"]), []).append(row)
     lines = [
         [arm, place(rho, rate), *(f"{math.fsum(row[name] for row in own) / len(own):.3f}" for name in study.levels)]
@@ -165,7 +172,7 @@ def _curve_table(study: Study) -> tuple[str, list[str], Rows]:
         line = [arm]
         for rho, rate in columns:
             own = [row for row in rows if (row["arm"], row["rho"], row["flip_rate"]) == (arm, rho, rate)]
-            line.append(" / ".join(_level(row[metric] for row in own) for metric in study.metrics))
+            line.append(" / ".join(_level([row[metric] for row in own]) for metric in study.metrics))
         lines.append(line)
     header = ["base loss", *(place(rho, rate) for rho, rate in columns)]
     return f"β-curve of the base loss: {' / '.join(study.metrics)}", header, lines
@@ -200,27 +207,48 @@ def _summary_table(study: Study) -> tuple[str, list[str], Rows]:
     lines = []
     for (arm, other), found in groups.items():
         verdicts = [pairing.verdict for pairing in found]
-        counts = [str(sum(verdict == word for verdict in verdicts)) for word in ("helps", "hurts", "cannot tell")]
-        small = str(sum("by less than" in verdict or "equivalent" in verdict for verdict in verdicts))
-        means = [100 * pairing.difference.mean for pairing in found]
-        lines.append([f"{arm} − {other}", f"{min(means):+.2f} to {max(means):+.2f}", *counts[:2], small, counts[2]])
+        counts = [str(sum(verdict == word for verdict in verdicts)) for word in ("helps", "hurts")]
+        small = str(sum("by less than" in verdict or verdict.startswith("equivalent") for verdict in verdicts))
+        undecided = str(sum(verdict.startswith(UNDECIDED) for verdict in verdicts))
+        means = [100 * pairing.difference.mean for pairing in found if pairing.known]
+        span = f"{min(means):+.2f} to {max(means):+.2f}" if means else "-"
+        lines.append([f"{arm} − {other}", span, *counts, small, undecided])
     margin = f"within ±{study.config['margin']}"
     header = ["comparison", "differences, points", "helps", "hurts", margin, "cannot tell"]
     return f"in short: {metric}, number of cells (ρ × flips)", header, lines
 
 
-def _level(values: Iterable[float]) -> str:
+def _level(values: Sequence[float]) -> str:
+    """The mean over seeds, and of how many of them, where it is not all."""
     known = [value for value in values if not math.isnan(value)]
-    return f"{100 * sum(known) / len(known):.2f}" if known else "-"
+    if not known:
+        return f"not reached ({len(values)} seeds)" if values else "-"
+    share = "" if len(known) == len(values) else f" (reached on {len(known)} of {len(values)} seeds)"
+    return f"{100 * sum(known) / len(known):.2f}{share}"
 
 
 def _shown(pairing: Pairing, all_seeds: int) -> str:
+    if not pairing.known:
+        return pairing.verdict
     mean, low, high = (100 * value for value in pairing.difference[:3])
     word = SHORT[pairing.verdict.replace(",", " ").split()[0]]
     small = " ≈" if "less than" in pairing.verdict else ""
     star = "*" if pairing.survives_holm else ""
     seeds = f" ({pairing.difference.count} seeds)" if pairing.difference.count < all_seeds else ""
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] {word}{small}{star}{seeds}"
+
+
+def _cell_columns(cell: Cell) -> dict[str, Any]:
+    return dict(zip(("arm", "rho", "flip_rate"), cell, strict=True))
+
+
+def _curve_rows(study: Study) -> list[dict[str, Any]]:
+    """What the figure of gradient weights shows: a row per cell and bin."""
+    return [
+        _cell_columns(cell) | {"bin": number, "reward_margin": float(h), "gradient_weight": float(weight)}
+        for cell, curve in curves(study.traces).items()
+        for number, (h, weight) in enumerate(zip(*curve, strict=True))
+    ]
 
 
 def _comparison_row(pairing: Pairing) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from gamma_po.__main__ import main
 
 ORACLE = "oracle: no flipped pairs"
 COMMITTED = Path(__file__).resolve().parents[2] / "experiments" / "studies" / "bandit_small.csv"
-ROUNDING = 1e-3  # win rate: what float32 training on another processor may change where an interval has no width
+SAME_MEAN = 5e-4  # win rate: another instruction set changes means by 1e-4; γ = 0 in the centred KL margin, by 3e-3
 AT_KL_1 = "win_rate_kl1"
 RECORDED = {
     "arm", "seed", "rho", "flip_rate", "loss", "margin", "beta", "learning_rate", "ref_acc", "wrong", "flipped", "kl",
@@ -51,6 +51,11 @@ def test_every_run_is_recorded_with_what_made_it(folder: Path) -> None:
     assert {"frontier.png", "gradient_weight.png", "tables.md"} <= {file.name for file in folder.iterdir()}
 
 
+def test_a_committed_margin_of_the_centred_kl_is_far_enough_from_none_to_be_missed(compared: dict) -> None:
+    """What `test_the_committed_table_comes_out_again` can see: it is not wider than what the margin does."""
+    assert abs(compared["kl", "dpo", 0.4, AT_KL_1]["difference_mean"]) > 4 * SAME_MEAN
+
+
 def test_the_oracle_beats_the_base_loss_at_40_percent_flips(compared: dict) -> None:
     row = compared[ORACLE, "dpo", 0.4, AT_KL_1]
     assert row["verdict"] == "helps" and row["difference_mean"] > 0.1
@@ -74,14 +79,14 @@ def test_the_centred_kl_margin_is_its_matched_slope_within_half_a_point(compared
         assert abs(row["difference_low"]) < 0.005 and abs(row["difference_high"]) < 0.005
 
 
-def test_the_committed_table_comes_out_again_within_its_intervals(compared: dict) -> None:
+def test_the_committed_table_comes_out_again(compared: dict) -> None:
+    """Not only within its intervals: with four seeds most of them hold 0, and would with all margins switched off."""
     with open(COMMITTED) as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(compared)
     for row in rows:
         found = compared[row["arm"], row["against"], float(row["flip_rate"]), row["metric"]]["difference_mean"]
-        low, high = (float(row[f"difference_{end}"]) for end in ("low", "high"))
-        assert low - ROUNDING <= found <= high + ROUNDING, row
+        assert abs(found - float(row["difference_mean"])) <= SAME_MEAN, row
 
 
 def test_the_frontier_does_not_depend_on_where_a_policy_stopped(folder: Path) -> None:

@@ -23,10 +23,10 @@ from tests.tiny import save_tiny_model, tiny_rows, write_rows
 ROOT = Path(__file__).resolve().parents[2]
 RATE = "model.optimizer.init_args.lr"
 ARMS = {
-    "dpo": {"grid": {RATE: [0.001, 0.003]}},
+    "dpo": {"grid": {RATE: [0.002, 0.004]}},
     "kl": {
         "set": {"model.margin": {"class_path": "KL", "init_args": {"gamma0": 1.0, "tau": 0.5}}},
-        "grid": {RATE: [0.001, 0.003]},
+        "grid": {RATE: [0.002, 0.004]},
         "against": ["dpo", "kl, matched slope"],
     },
     "kl, matched slope": {"matched_to": "kl", "against": ["dpo"]},
@@ -55,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "report": {"num_prompts": 2, "gold": "VaderSentiment", "sampling": {"max_new_tokens": 2}},
     }
     (root / "fit.yaml").write_text(yaml.safe_dump(fit))
-    study = {"fit": str(root / "fit.yaml"), "noise": [0.4], "seeds": 2, "kls": [0.001], "arms": ARMS}
+    study = {"fit": str(root / "fit.yaml"), "noise": [0.3], "seeds": 2, "kls": [0.001], "arms": ARMS}
     study["tuning_set"] = {"data.test": str(root / "other.jsonl"), "report": {"num_prompts": 0}}
     (root / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     with pytest.MonkeyPatch.context() as during:
@@ -71,7 +71,7 @@ def command(root: Path) -> list[str]:
 
 
 def results(root: Path, stage: str) -> list[dict]:
-    files = (root / "out" / "noise-0.4" / stage / "results").glob("*.json")
+    files = (root / "out" / "noise-0.3" / stage / "results").glob("*.json")
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -81,27 +81,27 @@ def test_an_arm_is_compared_with_the_learning_rate_that_was_best_in_tuning(root:
     best = {}
     for name in ("dpo", "kl"):
         means = {row["learning_rate"]: row[METRIC] for row in tuning if row["arm"].startswith(f"{name}: ")}
-        assert {0.001, 0.003} < set(means) and len(means) == 3  # two, and one beyond an edge
+        assert {0.002, 0.004} < set(means) and len(means) == 3  # two, and one beyond an edge
         best[name] = max(means, key=lambda rate: means[rate])
     follows = {"dpo": "dpo", "kl": "kl", "kl, matched slope": "kl", "oracle": "dpo"}
     assert {(row["arm"], row["seed"]) for row in evaluation} == {(arm, seed) for arm in ARMS for seed in (0, 1)}
     assert all(row["learning_rate"] == best[follows[row["arm"]]] for row in evaluation)
     assert all(math.isnan(row["sample_gold"]) and row["test_pairs"] == 8 for row in tuning)
     assert all(not math.isnan(row["sample_gold"]) and row["test_pairs"] == 10 for row in evaluation)
-    rows = pq.read_table(root / "out" / "noise-0.4" / "tuning.parquet").to_pylist()
+    rows = pq.read_table(root / "out" / "noise-0.3" / "tuning.parquet").to_pylist()
     assert {(row["arm"], json.loads(row["options"])[RATE]) for row in rows if row["chosen"]} == set(best.items())
-    runs = pq.read_table(root / "out" / "noise-0.4" / "tuning_runs.parquet").to_pylist()
+    runs = pq.read_table(root / "out" / "noise-0.3" / "tuning_runs.parquet").to_pylist()
     assert sorted(row[METRIC] for row in runs) == pytest.approx(sorted(row[METRIC] for row in rows), abs=ROUNDING)
 
 
 def test_the_report_is_that_of_a_study_with_what_was_tuned_and_its_edges(root: Path) -> None:
-    folder = root / "out" / "noise-0.4"
+    folder = root / "out" / "noise-0.3"
     rows = pq.read_table(folder / "tuning.parquet").to_pylist()
     text = (folder / "evaluation" / "tables.md").read_text()
     table = text.split("## tuned configurations")[1].split("\n## ")[0]
     for row in rows:
         if row["chosen"]:
-            assert f"| {row['arm']} | - | 0.4 | {row['configuration']} | 3 | {row['at_edge'] or '-'} |" in table
+            assert f"| {row['arm']} | - | 0.3 | {row['configuration']} | 3 | {row['at_edge'] or '-'} |" in table
     assert text.startswith("# S3, P2") and "tuned_as" in text and "other.jsonl" in text
     assert json.loads((folder / "evaluation" / "study.json").read_text())["config"]["protocol"] == "P2"
     assert {"runs.parquet", "comparisons.csv", "pairs.parquet"} <= {file.name for file in folder.rglob("evaluation/*")}
@@ -120,7 +120,7 @@ def test_repeated_it_runs_nothing_and_study_lm_continues_what_was_chosen(root: P
 
     before = written()
     assert main(command(root)) == 0
-    folder = root / "out" / "noise-0.4"
+    folder = root / "out" / "noise-0.3"
     words = ["--config", str(folder / "tuned.yaml"), "--output", str(folder / "evaluation"), "--workers", "1"]
     assert main(["study", "lm", *words]) == 0
     assert written() == before and len(before) == 6 + 8

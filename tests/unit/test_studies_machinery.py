@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -292,5 +291,5 @@ def test_a_run_alone_is_what_it_is_among_many(worlds):
 def test_the_frontier_names_every_arm_once_also_those_that_need_flips() -> None:
     measured = {"stage": "arms", "rho": 0.5, "win_rate_kl1": 0.6, "kl": 1.0, "win_rate": 0.6}
     rows = [measured | {"arm": arm, "flip_rate": rate} for arm, rate in (("dpo", 0.0), ("dpo", 0.4), ("oracle", 0.4))]
-    figure = frontier_figure(SimpleNamespace(rows=rows))
+    figure = frontier_figure(rows)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dpo", "oracle"]

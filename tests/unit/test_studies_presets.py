@@ -135,9 +135,9 @@ def test_the_readmes_differences_are_those_of_the_studies() -> None:
     """`experiments/studies/readme_table.py` writes both from the folders of the studies."""
     with open(ROOT / "experiments" / "studies" / "readme_table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = [f"{row['mean']} [{row['low']}, {row['high']}]" for row in rows]
+    expected = [f"{row['mean']} [{row['low']}, {row['high']}]{row['holm']}" for row in rows]
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("| points of win rate at equal KL") :].split("\n\n")[0]
-    assert re.findall(r"[+-]\d+\.\d+ \[[^\]]*\]", table) == expected
-    for commit in {row["commit"][:8] for row in rows}:
-        assert f"commit {commit}" in table
+    assert re.findall(r"[+-]\d+\.\d+ \[[^\]]*\]\*?", table) == expected
+    for row in rows:
+        assert f"commit {row['commit'][:8]}, {row['comparisons']} comparisons" in table
