@@ -6,6 +6,7 @@ That one is merged first, W + α/r BA, and so on down to the base model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel
 from gamma_po.errors import ConfigError
 
 DESCRIPTION, WEIGHTS, START = "adapter_config.json", "adapter_model.safetensors", "start"
+RECORD = "gamma_po.json"  # beside an exported adapter: what it was trained on and against
+SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")  # by what its update is multiplied
 LORA_KEY = "lora_"  # in the names of an adapter's own weights
 HUB_FILES = [DESCRIPTION, WEIGHTS, f"{START}/*", "tokenizer*", "special_tokens_map.json", "chat_template*"]
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -95,6 +98,15 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return adapted
 
 
+def adapter_digest(folder: Path) -> str:
+    """Return a hash of a saved adapter: of its weights and their scale, and of what is in its `start/`."""
+    description, below = check_adapter(folder), folder / START
+    digest = hashlib.sha256(adapter_digest(below).encode() if below.is_dir() else b"")
+    digest.update(json.dumps([description.get(key) for key in SCALES], sort_keys=True).encode())
+    digest.update((folder / WEIGHTS).read_bytes())
+    return digest.hexdigest()
+
+
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Return the model with a saved adapter added to its weights, what is in its `start/` first.
 
@@ -143,6 +155,19 @@ def check_tied(model: PeftModel, name: str) -> None:
                 f"{name}: an adapter on {end}, which shares its weights with the other end of this model; merged, it "
                 "would change both; allowed: adapters on the layers between"
             )
+
+
+def keep_record(folder: Path, record: dict[str, Any]) -> None:
+    """Say beside an exported adapter what it stands on, for peft and for `gamma_po`.
+
+    Args:
+        folder: of the adapter.
+        record: see `saved.adapter_record`.
+    """
+    name_base(folder, record["policy"]["path"])
+    if record["policy"]["adapter"] is not None:
+        keep_start(folder, record["policy"]["adapter"])
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def name_base(folder: Path, base: str) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ from gamma_po.losses import Loss
 from gamma_po.margins import KLPool, KLSolver, Margin
 from gamma_po.margins.maps import MapShape
 from gamma_po.objective import StepState
+from gamma_po.ranks import as_one, current_ranks
 from gamma_po.registry import plain_config
 from gamma_po.saved import PREVIOUS, read_plain
+from gamma_po.sharding import disk_errors
 from gamma_po.state import state_from_plain
 
 PARTIAL = ".partial"
+REMOVING = ".removing"  # of no use to anybody, whichever process gave the name
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
@@ -74,11 +77,23 @@ class StraightToFile(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file or a folder of shards, of which half would be left under its name by a process killed here."""
-        path, partial = Path(path), Path(f"{path}{PARTIAL}")
+        path, removing = Path(path), Path(f"{path}{REMOVING}")
         if path.exists():
-            _remove(partial)
-            path.rename(partial)
-            _remove(partial)
+            _remove(removing)
+            path.rename(removing)
+            with suppress(FileNotFoundError):  # another process starts and removes it, too
+                _remove(removing)
+
+
+def finish_removing(folders: Iterable[Path]) -> None:
+    """Remove what was being removed from folders of checkpoints when a process was killed; nothing of another name.
+
+    What is half written stays: it may be another process that is writing it.
+    """
+    for folder in folders:
+        for left in folder.glob(f"*.ckpt{REMOVING}"):
+            with suppress(OSError):  # in a folder of others, or removed by another process meanwhile
+                _remove(left)
 
 
 def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> None:
@@ -94,29 +109,26 @@ def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> N
         weights_only: leave out what continues the training.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk refuses; on all ranks, whichever of them it is that cannot write.
     """
     partial = path.with_name(path.name + PARTIAL)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = StraightToFile()
-    if trainer.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)  # left by a process that was killed
-    trainer.strategy.barrier("save_whole")
-    with _removed_if_unfinished(partial, here=trainer.is_global_zero):
-        trainer.save_checkpoint(partial, weights_only)
-        if trainer.is_global_zero:
-            _to_disk(partial)
-    if trainer.is_global_zero:
-        previous = path.with_name(path.name + PREVIOUS)
-        if partial.is_dir() or path.is_dir():
-            _remove(previous)
-            if path.exists():
-                path.rename(previous)
-        os.replace(partial, path)
-        _folder_to_disk(path.parent)
-        _remove(previous)
-    trainer.strategy.barrier("save_whole")
+    ranks, first = current_ranks(), trainer.is_global_zero
+    with as_one(ranks):
+        if first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(partial)  # left by a process that was killed
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+    with _removed_if_unfinished(partial, here=first):
+        with as_one(ranks), disk_errors():  # `trainer.save_checkpoint` would leave the others at a barrier of its own
+            trainer.strategy.save_checkpoint(checkpoint, partial)
+        with as_one(ranks):
+            if first:
+                _to_disk(partial)
+    with as_one(ranks):
+        if first:
+            _put_in_place(partial, path)
 
 
 def load_plain_files_only(strategy: FSDPStrategy) -> None:
@@ -150,6 +162,18 @@ def straighten_progress(loops: dict[str, Any], epoch: int) -> None:
     epochs["total"] = dict(epochs["current"])
     under_way = batches["current"]["processed"] - batches["current"]["completed"]
     batches["total"]["completed"] = batches["total"]["processed"] - under_way
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Give a checkpoint that is written its name."""
+    previous = path.with_name(path.name + PREVIOUS)
+    if partial.is_dir() or path.is_dir():
+        _remove(previous)
+        if path.exists():
+            path.rename(previous)
+    os.replace(partial, path)
+    _folder_to_disk(path.parent)
+    _remove(previous)
 
 
 def _to_disk(path: Path) -> None:

@@ -23,13 +23,22 @@ from gamma_po.callbacks.monitors import LearningRate, Throughput
 from gamma_po.callbacks.predictions import PredictionWriter
 from gamma_po.callbacks.report import Report
 from gamma_po.callbacks.run_record import RunRecord
+from gamma_po.callbacks.same_checkpoint import SameCheckpoint
 from gamma_po.callbacks.samples import Samples
 from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.errors import ConfigError, DataError, require
 from gamma_po.files import DISK_ADVICE, disk_refuses
 from gamma_po.module import PreferenceModule
 from gamma_po.parsing import SEEDS, check_carried_options, check_config_files, explain, refusal
-from gamma_po.resuming import Resume, check_end_of_training, check_same_settings, named_checkpoint, settings_file
+from gamma_po.resuming import (
+    Resume,
+    check_end_of_training,
+    check_no_slurm_files,
+    check_same_settings,
+    named_checkpoint,
+    settings_file,
+    which_checkpoint,
+)
 from gamma_po.rundirs import RunDirectory
 from gamma_po.saved import check_format, read_plain
 
@@ -47,7 +56,7 @@ CALLBACKS = {
     "report": Report,
 }
 OUR_KEYWORDS = ("best", "last")  # of the runs of the same name
-LIGHTNING_KEYWORDS = ("hpc", "registry")
+NO_CHECKPOINT = "none"
 INTERRUPTED = 130  # the status of a command that was told to stop
 RESUME = (
     "What a checkpoint (--ckpt_path) of other settings means. exact: refuse it if the training would not go on bit for "
@@ -58,7 +67,6 @@ LESS_MEMORY = (
     "trainer.accumulate_grad_batches, model.lora, a lower data.tokenization.max_length. `inspect` estimates it before "
     "a run; --ckpt_path last goes on from the last checkpoint."
 )
-DATA_FILES = ("data.train",)  # may be a list of settings, too; a file's name is not to be read as a file of settings
 log = logging.getLogger(__name__)
 
 
@@ -82,11 +90,9 @@ class Parser(LightningArgumentParser):
         """Remember whose options these are, where the whole parser is for one class; read no data as settings."""
         if nested_key is None:
             self.of_class = theclass
-        added = super().add_class_arguments(theclass, nested_key, *args, **kwargs)
-        for action in self._actions:
-            if action.dest in DATA_FILES:
-                action._enable_path = False
-        return added
+        if theclass is PreferenceDataModule:  # data.train may be a list of settings, and the name of a file of pairs
+            kwargs["sub_configs"] = False
+        return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Exit with status 2 after the message and what is allowed."""
@@ -171,13 +177,14 @@ class PreferenceCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Check the settings against the checkpoint's; Lightning would overwrite them with the checkpoint's.
 
-        The module checks again what is loaded, also where Lightning alone knows what that is (`hpc`, `registry`).
+        The module checks again what is loaded.
         """
+        self.checkpoint_found = NO_CHECKPOINT
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if path in OUR_KEYWORDS:
             path = self.config[command]["ckpt_path"] = self._checkpoint_of_runs(command, path)
-        if path is None or path in LIGHTNING_KEYWORDS:
+        if path is None:
             return
         if not Path(path).exists():
             raise ConfigError(f"ckpt_path={path!r}: no such file; allowed: a checkpoint of this program, last, best")
@@ -187,6 +194,7 @@ class PreferenceCLI(LightningCLI):
         needed = ("hyper_parameters", "loops") if command == "fit" else ("hyper_parameters",)
         checkpoint = read_plain(settings, needed=needed)
         check_format(checkpoint, path)
+        self.checkpoint_found = which_checkpoint(path, settings, checkpoint)
         self._dump_config()
         saved, resume = checkpoint["hyper_parameters"], given.get("resume", "exact")
         check_same_settings(saved, self.config_dump["model"], training=command == "fit", resume=resume)
@@ -226,12 +234,14 @@ class PreferenceCLI(LightningCLI):
         in for the run's own.
         """
         configured = self._get(self.config_init, "trainer")
-        chosen = configured["logger"]
+        chosen, root = configured["logger"], configured["default_root_dir"]
+        if root is None:
+            kwargs["default_root_dir"] = self._run_folder()
+        else:
+            check_no_slurm_files(Path(root))
         if chosen is False:
-            if configured["default_root_dir"] is None:
-                kwargs["default_root_dir"] = self._run_folder()
             return super().instantiate_trainer(**kwargs)
-        folder = self._run_folder()
+        folder = kwargs.get("default_root_dir") or self._run_folder()
         place = {"save_dir": folder.parent, "name": "", "version": folder.name}
         given = [] if chosen in (None, True) else chosen if isinstance(chosen, list) else [chosen]
         own = [] if any(isinstance(logger, TensorBoardLogger) for logger in given) else _tensorboard(place)
@@ -248,6 +258,7 @@ class PreferenceCLI(LightningCLI):
         parser = self._parser(self.subcommand)
         config = self.config[self.subcommand] if self.subcommand else self.config
         self.trainer_defaults["callbacks"] = [
+            SameCheckpoint(self.checkpoint_found),
             RunRecord(
                 config=parser.dump(config, skip_link_targets=True, skip_unset=False),
                 seed=config["seed_everything"],

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gamma_po.attention import SEGMENTS
+from gamma_po.bases import base_fingerprint
 from gamma_po.checkpoints import (
     keep_trained_weights,
     load_plain_files_only,
@@ -40,12 +41,13 @@ from gamma_po.data.reference_cache import (
 )
 from gamma_po.errors import ConfigError, require
 from gamma_po.evaluation.pairs import PairMetrics
-from gamma_po.fingerprints import sampled_fingerprint
+from gamma_po.fingerprints import Fingerprint
 from gamma_po.flat_sharding import check_flat_sharding, is_flat, shard_flat
 from gamma_po.forwards import score
 from gamma_po.losses import Loss, require_margin_fits
 from gamma_po.margins import Margin
 from gamma_po.objective import StepState, check_finite, evaluate, short_step_factor, train, training_log
+from gamma_po.optimizers import check_optimizer
 from gamma_po.policies import (
     Lora,
     ModelConfig,
@@ -64,6 +66,7 @@ from gamma_po.resuming import (
     check_same_run,
     check_same_settings,
     check_same_weights,
+    check_validations,
     check_whole_steps,
     go_on_as_given,
     run_settings,
@@ -142,11 +145,12 @@ class PreferenceModule(LightningModule):
                 has_adapters=lora is not None,
             )
         self.policy: CompletionScorer | None = None
-        self.base_weights: str | None = None  # fingerprint of what adapters are trained on
+        self.base_weights: Fingerprint | None = None  # of what adapters are trained on
         self.pair_metrics = PairMetrics()
         self.last_output: LossOutput | None = None
         self.last_batch: PreferenceBatch | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._of_step: list[Tensor] = []  # what is logged of each micro-batch of the step so far
         self._given_options: list[dict[str, Any]] = []  # of the optimizer's groups, before a checkpoint's come
         self._steps_in_all: dict[str, Any] = {}
         self._steps_before: dict[str, Any] | None = None  # of the checkpoint
@@ -179,7 +183,7 @@ class PreferenceModule(LightningModule):
         if self.reference is not None:
             self.reference.load(model, layout, self._placed, self._load)
         if self.lora is not None:
-            self.base_weights = sampled_fingerprint(model)
+            self.base_weights = base_fingerprint(self.policy_config, model)
             model = attach_lora(model, self.lora, seed=self.seed)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable(
@@ -238,8 +242,11 @@ class PreferenceModule(LightningModule):
         assert self.policy is not None
         check_accumulation(self.trainer)
         optimizer = self.optimizer_factory([p for p in self.policy.parameters() if p.requires_grad])
+        shared_by = type(self.trainer.strategy).__name__ if self._is_sharded else None
+        check_optimizer(optimizer, precision=self.trainer.precision, shared_by=shared_by)
         total_steps = self.trainer.estimated_stepping_batches
         check_whole_steps(self.trainer)
+        check_validations(self.trainer)
         if not math.isfinite(total_steps):
             raise ConfigError("the schedule needs a known number of steps: set trainer.max_steps or trainer.max_epochs")
         factor = warmup_then(self.schedule, total_steps=int(total_steps), warmup_ratio=self.warmup_ratio)
@@ -299,19 +306,28 @@ class PreferenceModule(LightningModule):
         output, (self.loss_state, self.margin_state) = self.compute(batch, self.step_state)
         detached = output._replace(loss=output.loss.detach())
         self.last_output, self.last_batch = detached, batch
-        self._log_step(detached, batch.num_pairs)
+        self._log_step(detached, batch)
         scale = batch.weight.mean() * short_step_factor(
             batch_idx, self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         )
         return {"loss": output.loss * scale, "output": detached}
 
-    def _log_step(self, output: LossOutput, num_pairs: int) -> None:
-        """Log means over the ranks, all in one reduction: Lightning would make one, and a barrier, of each."""
+    def _log_step(self, output: LossOutput, batch: PreferenceBatch) -> None:
+        """Log an optimizer step at its end: means over the pairs of its micro-batches and ranks, as its loss is one.
+
+        All ranks meet in one reduction per step: Lightning would make one, and a barrier, of each value. What a cut
+        into micro-batches changes by nature (a loss or a γ that looks at several pairs at once, what a loss remembers,
+        such as β-DPO's β) is the mean of what the micro-batches had.
+        """
         of_loss = {f"train/{name}": value for name, value in self.loss.report(self.loss_state).items()}
         values = training_log(output) | of_loss
-        means = self.ranks.mean(torch.stack([torch.as_tensor(v, device=self.device).float() for v in values.values()]))
+        own = torch.stack([torch.as_tensor(value, device=self.device).float() for value in values.values()])
+        self._of_step.append(own * batch.weight.mean())
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        means, self._of_step = self.ranks.mean(torch.stack(self._of_step).mean(0)), []
         for name, mean in zip(values, means, strict=True):
-            self.log(name, mean, prog_bar=name == "train/loss", batch_size=num_pairs)
+            self.log(name, mean, prog_bar=name == "train/loss", batch_size=batch.num_pairs)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Evaluate; the margin's state is read, never advanced."""
@@ -343,7 +359,7 @@ class PreferenceModule(LightningModule):
         datamodule, config = self.trainer.datamodule, self.reference.config
         gathered = gathered_in(self.trainer.precision, sharded=self._is_sharded)
         key = ReferenceKey(
-            weights=self.reference.weights,
+            weights=self.reference.fingerprint.digest,
             layout=datamodule.layout,
             precision=f"{config.dtype}/{gathered}",
             attention=config.attention if datamodule.layout == "padded" else SEGMENTS,
@@ -424,6 +440,7 @@ class PreferenceModule(LightningModule):
         it restored its loops, and `estimated_stepping_batches` builds it early."""
         if self._steps_before is not None:
             check_same_run(self._steps_before, self._steps_in_all, self.resume)
+        self._of_step = []
         self.trainer.fit_loop._load_combined_loader_states()
         self._begin_epoch_of_data()
         if self.resume == "anyway" and self._steps_before is not None:
@@ -467,8 +484,8 @@ class PreferenceModule(LightningModule):
         checkpoint[FORMAT_KEY] = FORMAT
         checkpoint["run"] = run_settings(self.trainer)
         checkpoint["steps"] = self._steps_in_all
-        checkpoint["reference_weights"] = self.reference.weights if self.reference else None
-        checkpoint["base_weights"] = self.base_weights
+        known = {"reference": self.reference and self.reference.fingerprint, "base": self.base_weights}
+        checkpoint |= {f"{what}_weights": found and found._asdict() for what, found in known.items()}
         batches = getattr(self.trainer.train_dataloader, "batch_sampler", None)
         if isinstance(batches, ShuffledBatches) and "loops" in checkpoint:
             straighten_progress(checkpoint["loops"], batches.epoch)
@@ -486,11 +503,11 @@ class PreferenceModule(LightningModule):
             self._steps_before = checkpoint["steps"]
         self.loss_state, self.margin_state = load_step_state(self, checkpoint)
         if trainer is not None and trainer.training and self.reference is not None:
-            saved, here = checkpoint.get("reference_weights"), self.reference.weights
-            check_same_weights("reference", saved, here, self.resume)
+            saved = Fingerprint.of(checkpoint.get("reference_weights"))
+            check_same_weights("reference", saved, self.reference.fingerprint, self.resume)
         if trainer is not None:
             resume = self.resume if trainer.training else "anyway"
-            check_same_weights("base", checkpoint.get("base_weights"), self.base_weights, resume)
+            check_same_weights("base", Fingerprint.of(checkpoint.get("base_weights")), self.base_weights, resume)
 
     def _log_pair_metrics(self, prefix: str) -> None:
         values = self.pair_metrics.compute()

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gamma_po.adapters import DESCRIPTION, adapter_folder, check_tied, keep_start, merge_adapter, name_base
+from gamma_po.adapters import DESCRIPTION, adapter_folder, check_tied, keep_record, merge_adapter
 from gamma_po.errors import ConfigError, require
 from gamma_po.fused_lora import fuse_lora
 from gamma_po.packages import PACKAGE_PREFIX, package_file
@@ -91,6 +91,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the options."""
+        require(self.dtype in DTYPES, "dtype", self.dtype, ", ".join(DTYPES))
         if self.quantization is not None and (self.path.startswith(PACKAGE_PREFIX) or self.path.endswith(".gguf")):
             raise ConfigError(
                 f"quantization={self.quantization} does not work for {self.path!r}: a GGUF file is loaded "
@@ -196,15 +197,21 @@ def load_parts(config: ModelConfig) -> PreTrainedModel:
     Raises:
         ConfigError: as `load_model`.
     """
-    plain = config.quantization is None and config.adapter is None and not _is_gguf(config)
-    try:
-        model = empty_model(_location(config), DTYPES[config.dtype], config.attention) if plain else None
-    except LOAD_ERRORS:
-        model = None  # `load_model` fails in the same way, and says why
+    model = without_weights(config)
     if model is None:
         log.warning("%s is loaded whole by every process before it is sharded", config.path)
         return load_model(config)
     return model
+
+
+def without_weights(config: ModelConfig) -> PreTrainedModel | None:
+    """Return a model whose weights are still in their files; None where it can only be loaded whole."""
+    if config.quantization is not None or config.adapter is not None or _is_gguf(config):
+        return None
+    try:
+        return empty_model(_location(config), DTYPES[config.dtype], config.attention)
+    except LOAD_ERRORS:
+        return None  # `load_model` fails in the same way, and says why
 
 
 def _is_gguf(config: ModelConfig) -> bool:
@@ -262,8 +269,7 @@ def export_policy(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    base: str | None = None,
-    start: str | None = None,
+    record: dict[str, Any] | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write the adapter (LoRA) or the whole model, and the tokenizer, in Hugging Face format.
@@ -275,9 +281,8 @@ def export_policy(
         model: as trained, or merged.
         tokenizer: the policy's.
         folder: the new folder.
-        base: the model under an adapter, for its description where peft does not know it (a GGUF file).
-        start: the adapter that was merged into the base before training, if there is one. An exported adapter stands
-            on both, so this one is put beside it, in `start/`.
+        record: what an adapter was trained on and against (`saved.adapter_record`), to be kept beside it. An adapter
+            that was merged into the base before training is put there, too, in `start/`: the exported one stands on it.
         weights: the state dict to write, where the model itself holds only its share of it.
 
     Returns:
@@ -288,10 +293,8 @@ def export_policy(
     try:
         model.save_pretrained(staging, state_dict=weights)
         tokenizer.save_pretrained(staging)
-        if base is not None and isinstance(model, PeftModel):
-            name_base(staging, base)
-        if start is not None and isinstance(model, PeftModel):
-            keep_start(staging, start)
+        if record is not None and isinstance(model, PeftModel):
+            keep_record(staging, record)
         return staging.rename(free_path(folder))
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone already unless writing failed

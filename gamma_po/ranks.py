@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gamma_po.errors import ConfigError, DataError
 
-SHARED_ERRORS = (ConfigError, DataError, FloatingPointError)  # what a rank may find wrong with its own part
+SHARED_ERRORS = (ConfigError, DataError, FloatingPointError, OSError)  # what a rank may find wrong with its own part
 SEPARATOR = "\x00"  # between the ranks' messages
 
 
@@ -102,6 +102,21 @@ def current_ranks() -> Ranks:
     return Local()
 
 
+def lines_of_all(ranks: Ranks, line: str) -> list[str]:
+    """Return the lines of the processes that say one, in rank order; every rank must come here.
+
+    Args:
+        ranks: the processes of the run.
+        line: of this one; empty if it says none.
+
+    >>> lines_of_all(Local(), "here")
+    ['here']
+    """
+    said = f"{line.replace(SEPARATOR, ' ')}{SEPARATOR}" if line else ""
+    everything = ranks.all_gather(torch.tensor(list(said.encode()), dtype=torch.uint8))
+    return bytes(everything.tolist()).decode().split(SEPARATOR)[:-1]
+
+
 @contextmanager
 def as_one(ranks: Ranks) -> Iterator[None]:
     """Raise on every rank what one of them raises inside, so that none waits forever for a rank that has stopped.
@@ -113,7 +128,7 @@ def as_one(ranks: Ranks) -> Iterator[None]:
         ranks: the processes of the run.
 
     Raises:
-        ConfigError, DataError, FloatingPointError: as raised inside, on this rank or on another.
+        ConfigError, DataError, FloatingPointError, OSError: as raised inside, on this rank or on another.
     """
     own: Exception | None = None
     try:
@@ -127,9 +142,11 @@ def as_one(ranks: Ranks) -> Iterator[None]:
     line = ""
     if own is not None:
         kind = next(number for number, one in enumerate(SHARED_ERRORS) if isinstance(own, one))
-        line = f"{kind} {str(own).replace(SEPARATOR, ' ')}{SEPARATOR}"
-    said = bytes(ranks.all_gather(torch.tensor(list(line.encode()), dtype=torch.uint8)).tolist()).decode()
-    found = list(dict.fromkeys(said.split(SEPARATOR)[:-1]))
+        line = f"{kind} {getattr(own, 'errno', None) or 0} {own}"
+    found = [line.split(" ", 2) for line in dict.fromkeys(lines_of_all(ranks, line))]
     if found:
-        first = SHARED_ERRORS[int(found[0].split(" ", 1)[0])]
-        raise first("; and on another process: ".join(line.split(" ", 1)[1] for line in found)) from own
+        first, number, _ = found[0]
+        shared = SHARED_ERRORS[int(first)]("; and on another process: ".join(message for _, _, message in found))
+        if isinstance(shared, OSError):
+            shared.errno = int(number)
+        raise shared from own

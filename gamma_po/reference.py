@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gamma_po.errors import ConfigError, require
-from gamma_po.fingerprints import fingerprint
+from gamma_po.fingerprints import Fingerprint, fingerprint
 from gamma_po.forwards import score
 from gamma_po.losses import Loss
 from gamma_po.margins import Margin
@@ -65,7 +65,7 @@ class Reference(nn.Module):
         self.is_start_of_policy = is_start_of_policy
         self.is_base_of_adapters = has_adapters and is_start_of_policy
         self.copy: CompletionScorer | None = None
-        self.weights: str | None = None  # fingerprint, for the cache
+        self.fingerprint: Fingerprint | None = None  # for the cache
 
     def load(
         self, untouched_policy: PreTrainedModel, layout: str, place: Place = _as_loaded, load: Load = load_model
@@ -91,7 +91,7 @@ class Reference(nn.Module):
                     "token ids"
                 )
         if self.source == "cached":
-            self.weights = fingerprint(untouched_policy if self.is_start_of_policy else other)
+            self.fingerprint = fingerprint(untouched_policy if self.is_start_of_policy else other)
         if self.source == "copy":
             self.copy = place(CompletionScorer(load(self.config)).requires_grad_(False)).eval()
             # Lightning's advice at the start of training; this one is in eval mode on purpose, and stays so.
@@ -126,7 +126,7 @@ class Reference(nn.Module):
         elif self.is_base_of_adapters:
             with evaluating(policy), adapters_off(policy.model):
                 yield policy
-        elif self.is_start_of_policy and policy_is_untouched and self.weights == fingerprint(policy.model):
+        elif self.is_start_of_policy and policy_is_untouched and self.fingerprint == fingerprint(policy.model):
             with evaluating(policy):
                 yield policy
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.data.loader import TokenBatches
 from gamma_po.errors import ConfigError
-from gamma_po.saved import BESIDE_SHARDS, RECORDS, furthest_checkpoint, read_plain
+from gamma_po.fingerprints import Fingerprint, difference
+from gamma_po.saved import RECORDS, furthest_checkpoint, read_plain
+from gamma_po.shards import BESIDE_SHARDS
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,7 @@ SINGLE_FILES = {  # strategies that write shards -> what lets them write single 
     "FSDPStrategy": "trainer.strategy.init_args.state_dict_type: full",
 }
 SHORT_NAMES = {"fsdp": "FSDPStrategy"}  # Lightning's, of those
+SLURM_FILES = "hpc_ckpt_*"  # the names that Lightning gives them
 FIXED = "optimizer.class_path"  # its state in the checkpoint belongs to no other
 
 
@@ -88,6 +93,38 @@ def named_checkpoint(keyword: str, folder: Path) -> Path | None:
             raise ConfigError(f"ckpt_path='best': {run} has no best checkpoint; allowed: last, or a file")
         return run / "checkpoints" / name  # by its name only: what is written in a checkpoint is not a path to follow
     return None
+
+
+def which_checkpoint(path: str, settings: Path, checkpoint: dict[str, Any]) -> str:
+    """Return words that tell a checkpoint from any other, by its contents; nothing large is read for it.
+
+    Args:
+        path: of the checkpoint.
+        settings: the file that holds its settings.
+        checkpoint: the contents of that file.
+    """
+    with zipfile.ZipFile(settings) as archive:
+        sums = ",".join(f"{entry.CRC:08x}" for entry in archive.infolist())
+    digest = hashlib.sha256(sums.encode()).hexdigest()[:12]
+    return f"{path} (step {checkpoint.get('global_step')}, contents {digest})"
+
+
+def check_no_slurm_files(folder: Path) -> None:
+    """Refuse a default folder with checkpoints that Lightning, in a SLURM job, loads without being told, and unchecked.
+
+    Args:
+        folder: `trainer.default_root_dir`.
+
+    Raises:
+        ConfigError: naming one of them.
+    """
+    found = next(folder.glob(SLURM_FILES), None)
+    if found is not None:
+        raise ConfigError(
+            f"trainer.default_root_dir={str(folder)!r} holds {found.name!r}, which Lightning loads by itself in a "
+            "SLURM job; allowed: null, or a folder without such files. To go on from it, move it away and give its new "
+            "place as --ckpt_path"
+        )
 
 
 # --- settings of the module -----------------------------------------------------------------------------------------
@@ -181,23 +218,21 @@ def _digest_of_training_data(data: Any) -> str | None:
     return None if train is None else train.digest()
 
 
-def check_same_weights(what: str, saved: str | None, here: str | None, resume: Resume) -> None:
+def check_same_weights(what: str, saved: Fingerprint | None, here: Fingerprint | None, resume: Resume) -> None:
     """Refuse to continue a training under another reference, or over another base, of equal shapes.
 
     Args:
         what: reference, or base (under adapters, which alone are in the checkpoint).
-        saved, here: fingerprints of the checkpoint's and of this run's; None where it is not known.
+        saved, here: of the checkpoint's and of this run's; None where it is not known.
         resume: `anyway` says that they differ, and goes on.
 
     Raises:
         ConfigError: they differ.
     """
-    if saved is None or here is None or saved == here:
+    different = difference(saved, here)
+    if different is None:
         return
-    message = (
-        f"the checkpoint was written with a {what} of other weights or settings (fingerprint {saved[:12]}) than this "
-        f"run has ({here[:12]})"
-    )
+    message = f"the checkpoint was written with a {what} of {different}"
     if resume == "exact":
         raise ConfigError(
             f"{message}: it would not continue bit for bit; let model.policy (and model.reference_model, where one is "
@@ -285,6 +320,36 @@ def check_whole_steps(trainer: Trainer) -> None:
             f"trainer.limit_train_batches={trainer.limit_train_batches} takes {taken} micro-batches, which ends inside "
             f"a step of {accumulate}; with data.length_window={batches.window} these have different numbers of pairs; "
             f"allowed: a multiple of trainer.accumulate_grad_batches={accumulate}, or data.limit_train"
+        )
+
+
+def check_validations(trainer: Trainer) -> None:
+    """Refuse to validate inside an optimizer step: no checkpoint could be saved with what the validation finds.
+
+    Args:
+        trainer: with its training data loaded.
+
+    Raises:
+        ConfigError: naming the options and what is allowed.
+    """
+    accumulate, epoch, every = trainer.accumulate_grad_batches, trainer.num_training_batches, trainer.val_check_batch
+    data = trainer.datamodule
+    without = isinstance(data, PreferenceDataModule) and "validation" not in data.datasets
+    if accumulate == 1 or without or not trainer.enable_validation or trainer.fast_dev_run or every == float("inf"):
+        return
+    if every is None:
+        raise ConfigError(
+            f"trainer.val_check_interval is a time, {trainer._val_check_time_interval:g} s, and would end inside an "
+            f"optimizer step of trainer.accumulate_grad_batches={accumulate} micro-batches; allowed with it: a "
+            f"multiple of {accumulate} (micro-batches), or 1.0"
+        )
+    across = trainer.check_val_every_n_epoch is None  # epochs
+    if every % epoch and (every % accumulate or (across and epoch % accumulate)):
+        cut = f", where trainer.limit_train_batches makes epochs a multiple of {accumulate}, too," if across else ""
+        raise ConfigError(
+            f"trainer.val_check_interval={trainer.val_check_interval} validates every {every} of an epoch's {epoch} "
+            f"micro-batches, which is inside an optimizer step of trainer.accumulate_grad_batches={accumulate} "
+            f"micro-batches, where no checkpoint can be saved; allowed: a multiple of {accumulate}{cut} or of {epoch}"
         )
 
 

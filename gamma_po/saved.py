@@ -1,12 +1,14 @@
 """Open what training left behind: a run directory, a checkpoint, an exported adapter or model.
 
-Nothing in a run directory is executed: checkpoints are loaded as plain tensors and values, adapters from
-safetensors only, and a `trust_remote_code` written there does not count.
+Nothing in a run directory is executed: checkpoints are loaded as plain tensors and values (sharded ones, which torch
+unpickles, only where the user vouches for them), adapters from safetensors only, and a `trust_remote_code` written
+there does not count.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -19,16 +21,18 @@ import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gamma_po.adapters import DESCRIPTION, START, check_adapter, load_adapter
+from gamma_po.adapters import DESCRIPTION, RECORD, START, check_adapter, load_adapter
+from gamma_po.bases import check_base
 from gamma_po.data.tokenization import Template, Tokenization
 from gamma_po.errors import ConfigError
+from gamma_po.fingerprints import Fingerprint
 from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model, load_tokenizer
+from gamma_po.shards import BESIDE_SHARDS, check_shards, is_sharded, read_shards, shapes_in_shards
 
-ALLOWED = "allowed: a run directory, a .ckpt file, an exported adapter or model, a hub name, package:NAME"
+ALLOWED = "allowed: a run directory, a checkpoint (.ckpt), an exported adapter or model, a hub name, package:NAME"
 LAST = "last.ckpt"
 CHECKPOINTS = (LAST, "interrupted.ckpt")
 FORMAT_KEY, FORMAT = "gamma_po_format", 1  # raised when a checkpoint's parts come to mean something else
-BESIDE_SHARDS = "meta.pt"  # Lightning's file for all but weights and optimizer in a sharded checkpoint
 PREVIOUS = ".previous"  # a folder of shards while the next one takes its name
 RECORDS = ("config.yaml", "run.json")  # what marks a run directory
 Built = TypeVar("Built")
@@ -39,13 +43,15 @@ class SavedPolicy:
     """Where a policy is, and how to load it.
 
     Args:
-        path: a run directory (or the folder of runs of one name: the latest), a checkpoint (.ckpt), a folder written
-            by `export`, or any model.
-        base: the model under an adapter or a checkpoint, where it is not where it was in training.
+        path: a run directory (or the folder of runs of one name: the latest), a checkpoint (.ckpt: a file, or a folder
+            of shards), a folder written by `export`, or any model.
+        base: the model under an adapter or a checkpoint, where it is not where it was in training. Another one is
+            refused.
         dtype: of the weights in memory; by default as in training, for exported models float32.
         attention: transformers' attention backend.
         trust_remote_code: run model code from the hub. Off, whatever a checkpoint says.
         full_precision: load a base that was quantised in training as it was before.
+        weights_only: load nothing that could run code; a sharded checkpoint needs false, and that you trust its author.
     """
 
     path: str
@@ -54,6 +60,7 @@ class SavedPolicy:
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
     trust_remote_code: bool = False
     full_precision: bool = False
+    weights_only: bool = True
 
 
 class Opened(NamedTuple):
@@ -62,7 +69,7 @@ class Opened(NamedTuple):
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     start: ModelConfig | None  # what training started from; None for a model of which that is not known
-    hyper_parameters: dict[str, Any]  # of the checkpoint; empty for others
+    hyper_parameters: dict[str, Any]  # of the checkpoint; the reference_model of an adapter's record; empty for others
     run: Path | None  # the run directory, where there is one
     source: Path | None  # the checkpoint or the exported folder itself
 
@@ -71,10 +78,10 @@ def open_policy(saved: SavedPolicy) -> Opened:
     """Load a policy.
 
     Raises:
-        ConfigError: nothing is there, it is not what it should be, or its base model cannot be found.
+        ConfigError: nothing is there, it is not what it should be, or its base model cannot be found or is another one.
     """
     path = Path(saved.path).expanduser()
-    if path.suffix == ".ckpt":
+    if path.name.removesuffix(PREVIOUS).endswith(".ckpt") or is_sharded(path):
         return _from_checkpoint(path, saved)
     if not path.is_dir():
         return _from_elsewhere(saved)
@@ -101,30 +108,32 @@ def on_device(opened: Opened, device: str | None) -> Opened:
 
 
 def find_checkpoint(path: str) -> Path:
-    """Return the checkpoint itself, or the one file of a run directory with the most optimizer steps.
+    """Return the checkpoint itself, or the one of a run directory with the most optimizer steps.
 
     Raises:
         ConfigError: there is none.
     """
     place = Path(path).expanduser()
-    if place.is_dir():
-        place = latest_run(place) or place
-        found = _furthest(file for file in _checkpoints(place) if file.is_file())
-        if found is None:
-            raise ConfigError(f"{path!r}: no checkpoint in it; allowed: a .ckpt file, or a run directory that has one")
-        return found.path
-    if not place.is_file():
-        raise ConfigError(f"{path!r}: no such checkpoint; allowed: a .ckpt file, or a run directory that has one")
-    return place
+    if place.is_file() or (place.suffix == ".ckpt" and place.is_dir()) or is_sharded(place):
+        return place
+    allowed = "allowed: a checkpoint (.ckpt), or a run directory that has one"
+    if not place.is_dir():
+        raise ConfigError(f"{path!r}: no such checkpoint; {allowed}")
+    found = furthest_checkpoint(latest_run(place) or place)
+    if found is None:
+        raise ConfigError(f"{path!r}: no checkpoint in it; {allowed}")
+    return found.path
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint as plain values; anything that would need code is refused.
+    """Load a checkpoint as plain values, a sharded one without its weights; what would need code is refused.
 
     Raises:
         ConfigError: it is no checkpoint of this program, damaged, or holds more than plain values.
     """
-    checkpoint = read_plain(path, needed=("state_dict", "hyper_parameters"))
+    sharded = is_sharded(path)
+    needed = ("hyper_parameters", "trained_weights" if sharded else "state_dict")
+    checkpoint = read_plain(path / BESIDE_SHARDS if sharded else path, needed=needed)
     check_format(checkpoint, str(path))
     return checkpoint
 
@@ -152,6 +161,41 @@ def check_format(checkpoint: dict[str, Any], name: str) -> None:
     else:
         reason = f"its format {found!r} is not known"
     raise ConfigError(f"{name}: {reason}; allowed: format {FORMAT}")
+
+
+def adapter_record(
+    policy: ModelConfig, reference_model: dict[str, Any] | None, base_weights: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return what is kept beside an exported adapter (`gamma_po.json`): plain values, named as in a checkpoint.
+
+    Args:
+        policy: what training started from, as it was loaded there.
+        reference_model: the settings of a reference of its own.
+        base_weights: the fingerprint of the base, as the checkpoint has it.
+    """
+    known = {"policy": dataclasses.asdict(policy), "reference_model": reference_model, "base_weights": base_weights}
+    return {FORMAT_KEY: FORMAT, **known}
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return what is kept beside an exported adapter; None for those that have no `gamma_po.json`.
+
+    Raises:
+        ConfigError: it is damaged, or of another format.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    record = record if isinstance(record, dict) else {}
+    check_format(record, str(file))
+    models = [record.get("policy"), record.get("reference_model") or {"path": ""}]
+    if not all(isinstance(model, dict) and isinstance(model.get("path"), str) for model in models):
+        raise ConfigError(f"{file}: it does not say what the adapter was trained on; allowed: as `export` wrote it")
+    return record
 
 
 class Found(NamedTuple):
@@ -285,7 +329,7 @@ def _inside_run(folder: Path) -> Path:
     folder = latest_run(folder) or folder
     if (folder / "policy").is_dir():
         return folder / "policy"
-    found = _furthest(file for file in _checkpoints(folder) if file.is_file())
+    found = furthest_checkpoint(folder)
     if found is not None:
         return found.path
     there = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
@@ -303,46 +347,65 @@ def _from_elsewhere(saved: SavedPolicy) -> Opened:
 
 
 def _from_checkpoint(path: Path, saved: SavedPolicy) -> Opened:
-    if not path.is_file():
+    if path.is_dir():
+        check_shards(path, weights_only=saved.weights_only)
+    elif not path.is_file():
         raise ConfigError(f"{saved.path!r}: no such checkpoint; {ALLOWED}")
     checkpoint = read_checkpoint(path)
     hyper_parameters = checkpoint["hyper_parameters"]
-    config = _adjusted(from_plain(ModelConfig, hyper_parameters["policy"]), saved, base=saved.base)
+    trained = from_plain(ModelConfig, hyper_parameters["policy"])
+    config = _adjusted(trained, saved, base=saved.base)
     model = load_model(config)
     if hyper_parameters.get("lora") is not None:
+        check_base(config, model, trained.dtype, Fingerprint.of(checkpoint.get("base_weights")), str(path))
         model = attach_lora(model, from_plain(Lora, hyper_parameters["lora"]), seed=0)
-    _load_trained(model, checkpoint["state_dict"], path)
+    _load_trained(model, checkpoint, path)
     return Opened(model.eval(), load_tokenizer(config), config, hyper_parameters, run_of(path), path)
 
 
-def _load_trained(model: PreTrainedModel | PeftModel, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Put the trained weights into the model; they must be all that was trainable, and nothing else."""
-    state = {key.removeprefix("policy.model."): value for key, value in state.items()}
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = trainable - set(state)
-    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
-    if missing or unexpected:
-        example = sorted([*missing, *unexpected])[0]
+def _load_trained(model: PreTrainedModel | PeftModel, checkpoint: dict[str, Any], path: Path) -> None:
+    """Put the trained weights into the model; they must be all that was trainable, and nothing else.
+
+    Shards are read straight into the model: beside it, no more than a part of one weight is in memory.
+    """
+    into = {f"policy.model.{name}": value for name, value in model.state_dict().items()}
+    trainable = {f"policy.model.{name}" for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = checkpoint.get("state_dict", {})
+    shapes = shapes_in_shards(path) if is_sharded(path) else {name: value.shape for name, value in weights.items()}
+    strange = {name for name, shape in shapes.items() if name not in into or into[name].shape != shape}
+    differing = strange | trainable - set(shapes)
+    if differing:
+        example = min(differing).removeprefix("policy.model.")
         raise ConfigError(f"{path}: its weights do not fit the model it names; the first difference is {example!r}")
+    if is_sharded(path):
+        read_shards(path, into)
+    else:
+        state = {name.removeprefix("policy.model."): value for name, value in weights.items()}
+        model.load_state_dict(state, strict=False)
 
 
 def _from_adapter(folder: Path, saved: SavedPolicy) -> Opened:
-    description = check_adapter(folder)
+    description, record = check_adapter(folder), read_record(folder)
+    trained = None if record is None else from_plain(ModelConfig, {**record["policy"], "quantization": None})
     start = start_of_run(folder.parent)
     below = str((folder / START).resolve()) if (folder / START).is_dir() else None
-    recorded = None if below else description.get("base_model_name_or_path")
-    if start is None and (saved.base or recorded):
-        start = ModelConfig(path=saved.base or recorded)
+    recorded = (trained and trained.path) if below else description.get("base_model_name_or_path")
+    if start is None and (path := saved.base or recorded):
+        start = ModelConfig(path=path, revision=trained.revision if trained and path == trained.path else None)
     if start is None:
         raise ConfigError(
             f"{folder}: the adapter does not say which model it belongs to; name it as `base` beside the path (e.g. "
             "--policy.base): package:NAME, a folder or a hub name"
         )
     config = dataclasses.replace(_adjusted(start, saved, base=saved.base), adapter=below)
-    model = load_adapter(load_model(config), folder)
+    base = load_model(config)
+    if trained is not None:
+        check_base(config, base, trained.dtype, Fingerprint.of(record.get("base_weights")), str(folder))
+    model = load_adapter(base, folder)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(ModelConfig(path=str(folder.resolve())) if has_tokenizer else config)
-    return Opened(model.eval(), tokenizer, config, {}, run_of(folder), folder)
+    against = {} if record is None else {"reference_model": record.get("reference_model")}
+    return Opened(model.eval(), tokenizer, config, against, run_of(folder), folder)
 
 
 def _adjusted(config: ModelConfig, saved: SavedPolicy, *, base: str | None = None) -> ModelConfig:

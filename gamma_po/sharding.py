@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -173,3 +176,21 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
             whole[id(value)] = full.cpu() if current_ranks().rank == 0 else full.new_empty(0)
         names[name] = id(value)
     return {name: whole[key] for name, key in names.items()} if current_ranks().rank == 0 else {}
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raise what a disk has said, where torch, writing a checkpoint, gives it as an exception of its own.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    try:
+        yield
+    except CheckpointException as error:  # on every process, of shards
+        of_the_disk = [found for found, _ in error.failures.values() if isinstance(found, OSError)]
+        raise (of_the_disk[0] if of_the_disk else RuntimeError(str(error))) from error
+    except RuntimeError as error:  # on the first process, of what lies beside shards
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(errno.EIO, f"a checkpoint cannot be written: {error}") from error

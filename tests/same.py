@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gamma_po.__main__ import main
 from tests.runs import steps_of
 
 LOSS_TOLERANCE = 1e-5  # absolute, per pair and per metric
@@ -107,6 +108,15 @@ def assert_goes_on_with_the_same_bits(whole: Path, resumed: Path, *, behind: int
     before, after = pairs_by_step(whole), pairs_by_step(resumed)
     assert after and after == {step: rows for step, rows in before.items() if step > behind}
     assert_identical(exported(whole), exported(resumed))
+
+
+def assert_exports_from_shards_what_training_exported(run: Path, output: Path) -> None:
+    """The last checkpoint is a folder; `export` writes the bits that the processes brought together after training."""
+    assert (run / "checkpoints" / "last.ckpt").is_dir()
+    assert main(["export", "--policy", str(run), "--output", str(output), "--weights_only", "false"]) == 0
+    (found,), (expected,) = (sorted(folder.glob("*.safetensors")) for folder in (output, run / "policy"))
+    assert found.name == expected.name
+    assert_identical(load_file(found), load_file(expected))
 
 
 def assert_clipped_first_step(run: Path, *, norm: float) -> None:

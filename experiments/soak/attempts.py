@@ -86,16 +86,17 @@ def start(options: list[str], log: Path, cache: Path, *, processes: int, grace: 
     import gamma_po.cli  # noqa: F401 - loaded before forking
 
     environment = {"XDG_CACHE_HOME": str(cache)}
-    if processes > 1:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     started: list[int] = []
-    for rank in range(processes):
-        own = {"NODE_RANK": "0", "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        child = os.fork()
-        if not child:
-            _fit(options, log, environment | own, rank)
-        started.append(child)
-        os.setpgid(child, started[0])
+    with held_port() as port:
+        if processes > 1:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
+        for rank in range(processes):
+            own = {"NODE_RANK": "0", "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            child = os.fork()
+            if not child:
+                _fit(options, log, environment | own, rank)
+            started.append(child)
+            os.setpgid(child, started[0])
     return Attempt(started, grace=grace)
 
 
@@ -131,7 +132,9 @@ def _end_with(parent: int) -> None:
     os._exit(FAILED)
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def held_port() -> socket.socket:
+    """Take a port on which torch can listen, and which nobody else gets while this or an inherited copy is open."""
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does; what only binds stands in no one's way
+    one.bind(("127.0.0.1", 0))
+    return one

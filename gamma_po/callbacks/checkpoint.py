@@ -6,24 +6,58 @@ from pathlib import Path
 from typing import Any
 from weakref import proxy
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from gamma_po.checkpoints import save_whole
+from gamma_po.checkpoints import finish_removing, save_whole
 from gamma_po.errors import require
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint; a resumed run ranks and deletes the checkpoints of its own folder only."""
+    """Lightning's ModelCheckpoint; a resumed run ranks and deletes the checkpoints of its own folder only.
+
+    It saves between optimizer steps only: the gradients of the first micro-batches of a step are in no checkpoint, and
+    a run that went on from there would go without them. What is due inside a step (`train_time_interval`) is saved at
+    its end, and a training that is told to end (`trainer.max_time`) ends there, too; an exception inside a step saves
+    nothing (`save_on_exception`).
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._told_to_stop = False  # inside a step
         require(self.save_last != "link", "checkpoint.save_last", self.save_last, "true, false: a file of its own")
 
     @property
     def state_key(self) -> str:
         """One for all settings: a resumed run may write checkpoints more or less often than the one before."""
         return type(self).__name__
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tidy the folder in which this run keeps its checkpoints, and that of the run it goes on from."""
+        super().on_train_start(trainer, pl_module)
+        self._told_to_stop = False
+        self._last_global_step_saved = trainer.global_step  # 0, or that of the checkpoint the run goes on from
+        if trainer.is_global_zero:
+            before = [Path(trainer.ckpt_path).parent] if trainer.ckpt_path else []
+            finish_removing([Path(self.dirpath), *before])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Save what is due at the end of a step; inside one, put off also the end of the training."""
+        told, trainer.should_stop = self._told_to_stop or trainer.should_stop, False
+        if not between_steps(trainer):
+            self._told_to_stop = told
+            return
+        self._told_to_stop, trainer.should_stop = False, told
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
+        return super()._should_skip_saving_checkpoint(trainer) or not between_steps(trainer)
+
+    def _should_save_on_exception(self, trainer: Trainer) -> bool:
+        return super()._should_save_on_exception(trainer) and between_steps(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the record of earlier checkpoints where they lie in the same folder."""
@@ -37,3 +71,9 @@ class RunCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))
+
+
+def between_steps(trainer: Trainer) -> bool:
+    """Return whether a trainer in training has no gradients of an unfinished step, nor a micro-batch under way."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.processed == progress.ready and not trainer.fit_loop._should_accumulate()

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from gamma_po.flat_sharding import is_flat, whole_flat_weights, without_wrappers
 from gamma_po.policies import export_policy
+from gamma_po.saved import adapter_record
 from gamma_po.sharding import whole_weights
 
 
@@ -36,12 +37,12 @@ class ExportPolicy(Callback):
         folder = trainer.log_dir
         if not self.enabled or folder is None:
             return
-        scorer, given = pl_module.policy, pl_module.policy_config
-        policy = scorer.model
+        scorer, policy = pl_module.policy, pl_module.policy.model
         weights = whole_flat_weights(scorer) if is_flat(scorer) else whole_weights(policy)
         if trainer.is_global_zero:
             name = Path(folder) / "policy"
             with without_wrappers(policy):
-                beside = {"base": given.path, "start": given.adapter, "weights": weights}
-                written = export_policy(policy, pl_module.tokenizer, name, **beside)
+                base, reference = pl_module.base_weights, pl_module.hparams.get("reference_model")
+                record = adapter_record(pl_module.policy_config, reference, base and base._asdict())
+                written = export_policy(policy, pl_module.tokenizer, name, record=record, weights=weights)
             rank_zero_info(f"policy written to {written}")

@@ -14,6 +14,7 @@ from gamma_po.ranks import as_one, current_ranks
 from gamma_po.types import LossOutput
 
 ROWS_NAMED = 8
+SMALLEST_SCALE = 1.0  # a loss scaler starts at 65536; below 1 it makes the loss smaller, and gradients overflow still
 
 POLICY = ("chosen log-probability", "rejected log-probability")
 REFERENCE = ("reference's chosen log-probability", "reference's rejected log-probability")
@@ -33,7 +34,8 @@ class NonFiniteGuard(Callback):
     ranks a NaN loss reaches the others through the averaged gradient, so that all of them stop.
 
     Float16 with a loss scaler is the exception: there an overflowing gradient is part of the method (the
-    scaler skips the step), so only the pairs are looked at.
+    scaler skips the step and halves its factor), so the pairs are looked at, and the factor, which is logged: one
+    below 1 says that step after step was skipped.
 
     Raises:
         FloatingPointError: naming the step, the rows of the dataset, what is not finite, and what to try.
@@ -55,21 +57,26 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check the micro-batches since the last step, and the gradient they made."""
         window, self._window = self._window, []
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        norm = torch.zeros(()) if scaled else _gradient_norm(optimizer)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        norm = torch.zeros(()) if scaler is not None else _gradient_norm(optimizer)
         norm = norm.to(pl_module.device)
         norm = norm_of_all(norm) if is_flat(pl_module.policy) else norm
         checks = [seen.values.isfinite().all() for seen in window] + [norm.isfinite()]
         *pairs_finite, gradient_finite = torch.stack(checks).tolist()
         step = trainer.global_step + 1
         broken = [seen for seen, finite in zip(window, pairs_finite, strict=True) if not finite]
+        scale = 1.0 if scaler is None else scaler.get_scale()
         with as_one(current_ranks()):
             if broken:
                 raise FloatingPointError(_pairs_message(step, broken, pl_module))
             if not gradient_finite:
                 raise FloatingPointError(_gradient_message(step, float(norm), pl_module))
-        if not scaled:
+            if not scale >= SMALLEST_SCALE:
+                raise FloatingPointError(_scale_message(step, scale))
+        if scaler is None:
             pl_module.log("train/grad_norm", norm)  # before clipping, the same on every rank
+        else:
+            pl_module.log("train/loss_scale", scale)
 
 
 def _quantities(output: LossOutput) -> dict[str, Tensor]:
@@ -135,6 +142,14 @@ def _gradient_message(step: int, norm: float, pl_module: LightningModule) -> str
         f"optimizer step {step} was not taken: the gradient's norm is {norm} although this rank's pairs are "
         f"all finite; {where}. Lower the learning rate, train in bf16-mixed or 32-true instead of 16-bit; "
         "on several ranks, look for another rank's message that names pairs."
+    )
+
+
+def _scale_message(step: int, scale: float) -> str:
+    return (
+        f"optimizer step {step} was not taken, nor were those before it: float16's loss scaler is down at {scale}. It "
+        "halves its factor when a gradient overflows and then skips the step; here gradients overflow however small "
+        "the loss is made. Lower the learning rate or the loss's beta, train in bf16-mixed or 32-true."
     )
 
 

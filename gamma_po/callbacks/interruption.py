@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop between two steps, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGUSR1 stop between two steps, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,23 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gamma_po.checkpoints import save_whole
 from gamma_po.ranks import Ranks, current_ranks
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what SLURM is often told to send
+SLURM_ADVICE = (
+    "SLURM: this job does not requeue itself. With `#SBATCH --signal=TERM@120` it stops with a checkpoint and status "
+    "130 two minutes before its end; let the batch script then call `scontrol requeue`, and give --ckpt_path last"
+)
 log = logging.getLogger(__name__)
 
 
 class StopBetweenSteps(Callback):
-    """On the first SIGINT or SIGTERM, finish the step, save `checkpoints/interrupted.ckpt` and stop.
+    """On the first SIGINT, SIGTERM or SIGUSR1, finish the step, save `checkpoints/interrupted.ckpt` and stop.
 
     With several processes it is enough that one of them is told: after each step they tell each other, save together
     and stop at the same step. A second Ctrl-C stops at once; the last regular checkpoint remains. (With several
     processes it does not count: launchers pass a signal on that a process may have received already.)
 
+    In a validation during training it stops after a batch of it, with the state of the step before. A run that goes on
+    from there trains on with the same bits, but is without that validation. (In a validation between the micro-batches
+    of one step it waits for the end of the step.)
+
     Before the first step, while data is read and the reference scored, a signal stops at once: what is on disk then
     is whole and is used by the next run.
+
+    In a SLURM job, Lightning's own handling is switched off: it would write a checkpoint in the middle of a step, over
+    the one before, where all runs of a folder write theirs.
     """
 
     def __init__(self) -> None:
@@ -34,14 +47,28 @@ class StopBetweenSteps(Callback):
         self._alone = True
         self._ranks: Ranks = current_ranks()
         self._previous: dict[int, Any] = {}
+        self._at_step: dict[str, Any] | None = None  # Lightning's counters after a step, until its validation is over
+        self._in_validation = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing of a SLURM job's signals to Lightning, which looks at this later."""
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            environment.auto_requeue = False
+            if trainer.is_global_zero:
+                log.warning(SLURM_ADVICE)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals: until training starts they stop at once."""
         self._take(signal.default_int_handler)
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals back from Lightning, whose handler would talk to the other processes wherever they are."""
+        self._take(signal.default_int_handler)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on they stop between steps."""
-        self._received = self._saved = False
+        self._received = self._saved = self._in_validation = False
         self._ranks = current_ranks()
         self._alone = self._ranks.world_size == 1
         self._take(self._remember)
@@ -50,16 +77,45 @@ class StopBetweenSteps(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if a signal came, unless gradients of an unfinished step would be lost."""
-        if trainer.fit_loop._should_accumulate() or not self._someone_received():
+        self._at_step = None
+        if trainer.fit_loop._should_accumulate():
             return
+        if self._someone_received():
+            self._save(trainer)
+        elif trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            self._at_step = trainer.fit_loop.state_dict()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save and stop if a signal came: a validation may be long."""
+        if self._at_step is not None and self._someone_received():
+            self._in_validation = True
+            self._save(trainer)
+            self._stop_if_saved()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint say that the validation has not begun: Lightning would go on with the rest of it alone."""
+        if self._in_validation:
+            checkpoint["loops"]["fit_loop"] = self._at_step
+
+    def _save(self, trainer: Trainer) -> None:
+        """Write the checkpoint and say how to go on."""
         path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "interrupted.ckpt"
         save_whole(trainer, path)
         self._saved = True
         if trainer.is_global_zero:
             log.warning(
-                "stopped after step %s; to continue, repeat the command with --ckpt_path %s; without it, the same "
+                "stopped after step %s%s; to continue, repeat the command with --ckpt_path %s; without it, the same "
                 "command starts anew in a directory of its own",
                 trainer.global_step,
+                ", in a validation, which is not made up for" if self._in_validation else "",
                 path,
             )
 
@@ -97,7 +153,7 @@ class StopBetweenSteps(Callback):
             raise KeyboardInterrupt
 
     def _take(self, handler: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             before = signal.signal(number, handler)
             self._previous.setdefault(number, before)
 

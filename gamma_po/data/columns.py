@@ -101,8 +101,8 @@ def number(row: Row, columns: Columns) -> float | None:
         needed = "null, as data.columns.margin names no column to subtract it from"
         require(columns.margin_minus is None, "data.columns.margin_minus", columns.margin_minus, needed)
         return None
-    minus = 0.0 if columns.margin_minus is None else _finite(row, columns.margin_minus)
-    return _finite(row, columns.margin) - minus
+    minus = 0.0 if columns.margin_minus is None else _finite(row, columns.margin_minus, "margin_minus")
+    return _finite(row, columns.margin, "margin") - minus
 
 
 def missing(row: Row, column: str, hint: str = "") -> DataError:
@@ -188,10 +188,10 @@ def _ambiguous(row: Row, found: Iterable[tuple[str, ...]], what: str, option: st
     return DataError(f"{row.location}: {candidates} could hold {what}; set {option}; columns there: {there}")
 
 
-def _finite(row: Row, column: str) -> float:
+def _finite(row: Row, column: str, option: str) -> float:
     """The finite number in a column; of a list of scores, the best minus the worst."""
     if column not in row.values:
-        raise missing(row, column)
+        raise missing(row, column, f"as data.columns.{option} names it")
     value = row.values[column]
     if isinstance(value, list | tuple) and len(value) >= 2:
         scores = [_score(row, column, item) for item in value if item is not None]

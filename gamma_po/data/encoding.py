@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from gamma_po.data.formatting import Preference, Prompt, chat_text
-from gamma_po.data.messages import OF_A_TOOL, Message, message_texts
+from gamma_po.data.messages import OF_A_TOOL, Message, texts_of
 from gamma_po.errors import ConfigError, DataError
 
 ANCHORS = ("\n", ".", "|")  # text to put before a completion that must not look like the start of a text
@@ -83,8 +83,7 @@ class Encoder:
         """The text before an answer without thoughts."""
         if self.chat:
             frame = self._frame(prompt, location)
-            turns = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in message_texts(turn)]
-            self._refuse_rendered(turns, prompt, location)
+            self._refuse_rendered(texts_of(prompt), prompt, location)
             return self._chat_text(prompt, None, location) + frame.before_answer
         if not isinstance(prompt, str):
             has = "has tools" if "tools" in prompt[0] else "is a conversation"
@@ -202,7 +201,7 @@ class Encoder:
         Raises:
             DataError: a text is a rendered conversation, so the template would be applied twice.
         """
-        turns = [pair.prompt] if isinstance(pair.prompt, str) else [t for m in pair.prompt for t in message_texts(m)]
+        turns = texts_of(pair.prompt)
         completions = [text.rstrip() for text in (pair.chosen, pair.rejected)]
         if self.chat:
             self._refuse_rendered([*turns, *completions], pair.prompt, pair.location)

@@ -18,8 +18,8 @@ from gamma_po.data.messages import (
     described_tools,
     is_transcript,
     is_written_out,
-    message_texts,
     text_or_messages,
+    texts_of,
     transcript_messages,
     waits_for_an_answer,
 )
@@ -55,10 +55,10 @@ def to_preference(row: Row, columns: Columns) -> Preference:
         UselessPair: the conversations are not a pair.
     """
     row, columns = recognise(row, columns)
-    chosen, rejected = (_part(row, name, columns) for name in (columns.chosen, columns.rejected))
+    chosen, rejected = (_part(row, name, columns) for name in ("chosen", "rejected"))
     prompt: Prompt | None = None
     if columns.prompt is not None and columns.prompt in row.values:
-        prompt = _part(row, columns.prompt, columns)
+        prompt = _part(row, "prompt", columns)
     if columns.format == "auto":
         prompt, chosen, rejected = _without_transcripts(prompt, chosen, rejected)
     if _is_conversation(chosen) != _is_conversation(rejected):
@@ -69,7 +69,8 @@ def to_preference(row: Row, columns: Columns) -> Preference:
     if _is_conversation(chosen):
         prompt = _shared_prompt(row, columns, prompt, chosen, rejected)
     elif prompt is None:
-        raise missing(row, columns.prompt or "prompt", "only whole conversations may leave it out")
+        hint = "only whole conversations may leave it out; data.columns.prompt can name another"
+        raise missing(row, columns.prompt or "prompt", hint)
     prompt = _with_system(row, columns, prompt)
     if not isinstance(prompt, str):
         _check_prompt_turns(row, prompt)
@@ -88,7 +89,7 @@ def prompt_of(row: Row, columns: Columns) -> Prompt:
     Raises:
         DataError: as there.
     """
-    prompt: Prompt = _part(row, columns.prompt or "prompt", columns)
+    prompt: Prompt = _part(row, "prompt", columns)
     if columns.format == "auto":
         prompt = _without_transcripts(prompt, "", "")[0] or prompt
     return _with_tools(row, columns, _with_system(row, columns, prompt))
@@ -100,8 +101,7 @@ def problem(preference: Preference) -> str | None:
     >>> problem(Preference("Why?", "Because.", " ", None, "pairs.csv, row 1"))
     'rejected is empty'
     """
-    prompt = preference.prompt
-    turns = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message_texts(message)]
+    turns = texts_of(preference.prompt)
     texts = {"prompt": turns[-1], "chosen": preference.chosen, "rejected": preference.rejected}
     for name, text in texts.items():
         if not text.strip():
@@ -209,9 +209,10 @@ def chat_text(prompt: Prompt, completion: str | None, tokenizer: PreTrainedToken
         raise DataError(f"{location}: the chat template refuses the conversation: {error}") from error
 
 
-def _part(row: Row, column: str, columns: Columns) -> str | tuple[Message, ...]:
+def _part(row: Row, name: str, columns: Columns) -> str | tuple[Message, ...]:
+    column = getattr(columns, name) or name
     if column not in row.values:
-        raise missing(row, column)
+        raise missing(row, column, f"data.columns.{name} can name another")
     value, where = row.values[column], f"{row.location}: column {column!r}"
     if columns.format == "auto" and isinstance(value, str) and is_written_out(value):
         raise DataError(

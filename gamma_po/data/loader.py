@@ -160,13 +160,14 @@ class SequentialBatches(Sampler[list[Slot]]):
 def leave_signals_to_the_parent(worker: int) -> None:
     """Let a process that collates batches live on when its whole process group is told to stop.
 
-    The training process takes SIGINT and SIGTERM and finishes its step, for which it needs the next batches. SIGTERM
-    from the training process itself still ends the worker: that is how torch takes it down.
+    The training process takes SIGINT, SIGUSR1 and SIGTERM and finishes its step, for which it needs the next batches.
+    SIGTERM from the training process itself still ends the worker: that is how torch takes it down.
 
     Args:
         worker: number of the process, for `DataLoader(worker_init_fn=...)`.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=_end_with_the_parent, daemon=True).start()
 

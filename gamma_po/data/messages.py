@@ -122,8 +122,17 @@ def _message(item: Any, where: str) -> Message:
     return {"role": role, "content": said, "tool_calls": [_call(call, where) for call in calls]}
 
 
-def message_texts(message: Message) -> list[str]:
-    """Return all that a message says: tools, its content, and the names and arguments of the tools it calls."""
+def texts_of(prompt: Prompt) -> list[str]:
+    """Return all that a prompt says.
+
+    >>> texts_of("Hi"), texts_of(({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}))
+    (['Hi'], ['Be brief.', 'Hi'])
+    """
+    return [prompt] if isinstance(prompt, str) else [text for message in prompt for text in _message_texts(message)]
+
+
+def _message_texts(message: Message) -> list[str]:
+    """All that a message says: tools, its content, and the names and arguments of the tools it calls."""
     tools = [json.dumps(tool, ensure_ascii=False) for tool in message.get("tools", ())]
     calls = [call["function"] for call in message.get("tool_calls", ())]
     said = [(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from gamma_po.data.columns import Columns
 from gamma_po.data.formatting import UNPAIRED_SURROGATE, prompt_of
-from gamma_po.data.messages import Prompt, message_texts
+from gamma_po.data.messages import Prompt, texts_of
 from gamma_po.data.sources import Row, iterate_rows
 from gamma_po.errors import DataError
 
@@ -62,7 +62,8 @@ def read_questions(source: str, name: str, limit: int | None = None) -> list[Que
         try:
             questions.append(FORMATS[name].question(row))
         except DataError as error:
-            raise DataError(f"{error}; read as --format {name}, allowed: {', '.join(FORMATS)}") from error
+            others = ", ".join(other for other in FORMATS if other != name)
+            raise DataError(f"{error}; read as --format {name}, others: {others}") from error
         _check_unicode(questions[-1])
         if limit is not None and len(questions) >= limit:
             break
@@ -183,7 +184,11 @@ def short_id(*parts: str) -> str:
 
 def _plain_question(row: Row) -> Question:
     """A prompt as `fit` reads it, with the columns `system` and `tools`, so that one may use a file of pairs."""
-    if isinstance(row.values.get("prompt"), str):
+    if "prompt" not in row.values:
+        there = ", ".join(map(str, row.values)) or "none"
+        needed = "which prompts must have, also those of pairs; rename the one that holds them"
+        raise DataError(f"{row.location}: no column 'prompt', {needed}; columns there: {there}")
+    if isinstance(row.values["prompt"], str):
         _text(row, "prompt")
     prompt = prompt_of(row, Columns())
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
@@ -205,9 +210,7 @@ FORMATS = {
 
 
 def _check_unicode(question: Question) -> None:
-    prompt = question.prompt
-    turns = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in message_texts(turn)]
-    if any(UNPAIRED_SURROGATE.search(turn) for turn in turns):
+    if any(UNPAIRED_SURROGATE.search(text) for text in texts_of(question.prompt)):
         raise DataError(f"{question.row.location}: not valid Unicode (an unpaired surrogate)")
 
 

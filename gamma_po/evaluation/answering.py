@@ -77,7 +77,7 @@ def settings_record(
     return {
         "policy": path,
         "generator": generator,
-        "weights": fingerprint(model),
+        "weights": fingerprint(model).digest,
         "prompts": {"number": len(prompts), "sha256": digest.hexdigest()},
         "template": template,
         "sampling": {**asdict(sampling), "top_k": 0, "top_p": 1.0},

@@ -110,7 +110,8 @@ def sampled_batches(
     batches = [(start, order[start : start + sampling.batch_size]) for start in starts]
     todo = [(start, batch) for start, batch in reversed(batches) if not all(i in done for i in batch)]
     with _blank_generation_config(model):
-        for start, batch in track(todo, description, visible=streamer is None):
+        visible = streamer is None and bool(todo)
+        for start, batch in track(todo, description, visible=visible, delay=0):  # a batch may take minutes
             with seeded(sampling.seed * 1_000_003 + start, model.device):
                 rows = _generate(model, [prompts[i] for i in batch], config, streamer)
             yield batch, [_until_eos(row, eos) for row in rows]

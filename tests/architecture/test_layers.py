@@ -12,10 +12,10 @@ LAYERS = {
     "types": 0, "errors": 0, "commit": 0, "files": 0, "packages": 0, "progress": 0, "registry": 0, "rundirs": 0,
     "schedules": 0, "__init__": 0,
     "logps": 1, "rewards": 1, "links": 1, "state": 1, "losses": 1, "margins": 1, "statistics": 1, "ranks": 1,
-    "presets": 1, "objective": 1,
+    "presets": 1, "objective": 1, "optimizers": 1,
     "layouts": 2, "attention": 2, "fused_lora": 2, "scorer": 2, "miniatures": 2, "forwards": 2, "policies": 2,
-    "fingerprints": 2, "adapters": 2, "sharding": 2, "flat_sharding": 2, "weight_files": 2, "saved": 2, "model_card": 2,
-    "reference": 2, "data": 2, "evaluation": 2, "plotting": 2, "tables": 2, "studies": 2,
+    "fingerprints": 2, "adapters": 2, "sharding": 2, "flat_sharding": 2, "weight_files": 2, "saved": 2, "shards": 2,
+    "model_card": 2, "bases": 2, "reference": 2, "data": 2, "evaluation": 2, "plotting": 2, "tables": 2, "studies": 2,
     "checkpoints": 3, "resuming": 3, "module": 3, "callbacks": 3, "inspection": 3,
     "commands": 4, "parsing": 4, "cli": 4, "__main__": 4,
 }  # fmt: skip
@@ -73,7 +73,7 @@ def test_lightning_stays_in_its_rooms() -> None:
 
 def test_only_ranks_and_sharding_talk_to_other_processes() -> None:
     for file in files():
-        if file.name not in ("ranks.py", "sharding.py", "flat_sharding.py"):
+        if file.name not in ("ranks.py", "sharding.py", "flat_sharding.py", "shards.py"):  # the last reads their files
             assert "torch.distributed" not in file.read_text(), f"{file.relative_to(ROOT)}"
 
 

@@ -55,7 +55,10 @@ def write(path: Path, rows: Sequence[object]) -> str:
 
 
 ROWS = {
-    "missing column": ({"prompt": "a", "chosen": "b"}, "no column 'rejected'; columns there: prompt, chosen"),
+    "missing column": (
+        {"prompt": "a", "chosen": "b"},
+        "no column 'rejected' (data.columns.rejected can name another); columns there: prompt, chosen",
+    ),
     "empty completion": ({"prompt": "a", "chosen": "b", "rejected": " \n"}, "rejected is empty"),
     "identical": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are identical"),
     "number for text": ({"prompt": "a", "chosen": 3, "rejected": "b"}, "column 'chosen' must hold text"),
@@ -107,7 +110,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "a suffix of another kind": ("p.xlsx", b"PK", "files ending in '.xlsx' are not read; allowed: a .json"),
     "a pickle": ("p.pkl", b"cos\nsystem\n(S'exit 1'\ntR.", "files ending in '.pkl' are not read"),
     "a pickle called parquet": ("p.parquet", b"cos\nsystem\n(S'exit 1'\ntR.", "cannot be read as Parquet"),
-    "no known column": ("p.jsonl", jsonl({"text": "a"}), "no column 'chosen'; columns there: text"),
+    "no known column": ("p.jsonl", jsonl({"text": "a"}), "no column 'chosen' (data.columns.chosen can"),
     "two possible prompts": (
         "p.jsonl",
         jsonl({"question": "a", "query": "b", "chosen": "c", "rejected": "d"}),
@@ -164,7 +167,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "half a transcript": (
         "p.jsonl",
         jsonl({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"}),
-        "no column 'prompt' (only whole conversations may leave it out)",
+        "no column 'prompt' (only whole conversations may leave it out; data.columns.prompt can name another)",
     ),
     "half a character": ("p.jsonl", b'{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}', "an unpaired surrogate"),
     "only white space": ("p.jsonl", jsonl(PAIR | {"rejected": "\u3000\n"}), "rejected is empty; `data.invalid_rows"),

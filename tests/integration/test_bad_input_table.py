@@ -26,6 +26,7 @@ from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 
 from gamma_po.__main__ import main
+from gamma_po.checkpoints import save_whole
 from gamma_po.data import pair_files
 from gamma_po.data.columns import Columns
 from gamma_po.data.pair_files import Reading, pair_file
@@ -353,14 +354,14 @@ def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_whole(
     monkeypatch: pytest.MonkeyPatch,
     little_room: Callable[[int], None],
 ) -> None:
-    save = Trainer.save_checkpoint
+    save = save_whole
 
     def save_in_little_room(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step == 4:
             little_room(4096)
         save(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "save_checkpoint", save_in_little_room)
+    monkeypatch.setattr("gamma_po.callbacks.checkpoint.save_whole", save_in_little_room)
     given = [*finished.arguments, "--run.root", str(tmp_path), "--trainer.max_steps", "4", "--trainer.max_epochs", "-1"]
     assert main(["fit", *given, "--checkpoint.every_n_train_steps", "2"]) == 1
     little_room(resource.RLIM_INFINITY)
@@ -368,7 +369,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_whole(
     assert "stopped: " in told and "the disk takes no more" in told and "Traceback" not in told
     (last,) = tmp_path.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 2 and not list(tmp_path.rglob("*.partial"))
-    monkeypatch.setattr(Trainer, "save_checkpoint", save)
+    monkeypatch.setattr("gamma_po.callbacks.checkpoint.save_whole", save)
     assert main(["fit", *given, "--ckpt_path", str(last)]) == 0
 
 

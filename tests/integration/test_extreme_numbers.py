@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from gamma_po.ranks import Local
 from gamma_po.scorer import CompletionScorer
 from gamma_po.types import Evidence, PairLogps
 from tests.contracts import random_evidence, with_gradient
+from tests.runs import run, steps_of
 from tests.tiny import tiny_model
 
 LONG = 30_000  # tokens
 PER_TOKEN = 0.05  # nats, bfloat16 against float64
+HALF = 0.005  # of mean losses and reward margins, weights in float16 against float32
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
 SMALL |= {"num_key_value_heads": 1, "max_position_embeddings": LONG + 8}
 WITH_BETA = [name for name, kind in LOSSES.items() if "beta" in inspect.signature(kind).parameters]
@@ -43,6 +46,26 @@ def test_thirty_thousand_tokens_against_one_give_a_finite_float32_loss_and_gradi
     output.loss.backward()
     assert output.per_pair.dtype == output.target_margin.dtype == torch.float32
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_float16_weights_train_with_float32_rewards_margins_and_losses_near_those_of_float32(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--data.validation", "null"]
+    runs = {
+        precision: run("fit", tiny_model_path, tiny_data, tmp_path, [*options, "--trainer.precision", precision])
+        for precision in ("16-true", "32-true")
+    }
+    half = runs["16-true"].cli.model
+    output, evidence = half.last_output, half.last_output.evidence
+    assert {parameter.dtype for parameter in half.policy.parameters()} == {torch.float16}
+    numbers = [output.loss, output.per_pair, output.target_margin, *output.rewards]
+    numbers += [evidence.policy.chosen, evidence.policy.rejected, evidence.reference.chosen]
+    assert all(number.dtype == torch.float32 and number.isfinite().all() for number in numbers)
+    for column in ("train/loss", "train/rewards/margins"):
+        found, expected = (steps_of(done.trainer_dir, column) for done in runs.values())
+        assert len(found) == 8 and found == pytest.approx(expected, abs=HALF)
+        assert found != expected and abs(expected[-1] - expected[0]) > 50 * HALF
 
 
 def test_a_token_that_cannot_be_leaves_the_others_alone_and_is_named_where_it_is_asked_for() -> None:

@@ -19,10 +19,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.fsdp import MixedPrecision
 from torch.distributed.fsdp._flat_param import FlatParamHandle
+from torch.optim import Optimizer
 
 from gamma_po.checkpoints import load_plain_files_only
 from gamma_po.errors import ConfigError
-from gamma_po.flat_sharding import check_flat_sharding
+from gamma_po.flat_sharding import check_flat_sharding, is_flat
 from gamma_po.inspection.cost import Memory, parameter_bytes
 from gamma_po.inspection.flat import flat_share, flat_tensors
 from gamma_po.inspection.sharded import copy_bytes
@@ -30,11 +31,26 @@ from gamma_po.policies import Lora, ModelConfig, attach_lora
 from gamma_po.scorer import CompletionScorer
 from gamma_po.state import state_to_plain
 from tests.integration.test_ranks import two_processes
-from tests.integration.test_sharding import CLIP, COMMON, HALVED, LR, MIDDLE, SCRIPT, STRATEGY
+from tests.integration.test_sharding import (
+    BF16,
+    BIG_BATCH,
+    CLIP,
+    COMMON,
+    HALVED,
+    IN_FOUR,
+    LR,
+    MIDDLE,
+    SCRIPT,
+    STRATEGY,
+    assert_gathered_and_summed,
+    assert_in_bfloat16,
+    assert_step_of_big_batch,
+)
 from tests.runs import arguments, fit, steps_of
 from tests.same import (
     assert_adapters_only,
     assert_clipped_first_step,
+    assert_exports_from_shards_what_training_exported,
     assert_goes_on_with_the_same_bits,
     assert_same_exported_weights,
     assert_same_history,
@@ -44,7 +60,6 @@ from tests.same import (
 )
 from tests.tiny import tiny_model
 
-BF16_TOLERANCE = 0.02  # nats of the mean loss; bfloat16 keeps 8 bits
 SHARE = 0.75  # of the whole model: half of the weights, and what one block takes until it is shared
 EPOCHS, STEPS = 2, 16
 WHOLE = [*COMMON, "--trainer.max_epochs", str(EPOCHS), "--checkpoint.every_n_train_steps", "4"]
@@ -54,7 +69,8 @@ METHODS = {
     "full": [*WHOLE, "--report.enabled", "true", "--report.num_prompts", "2"],
     "copy": [*WHOLE, *LORA, "--model.reference", "copy"],
     "adapters_off": [*SHORT, *LORA, "--model.reference", "adapters_off"],
-    "bf16": [*COMMON, "--trainer.max_steps", "2", "--trainer.precision", "bf16-mixed"],
+    "bf16": BF16,
+    "big-batch": BIG_BATCH,
 }
 SHARDS = [f"{STRATEGY}.state_dict_type", "sharded"]
 FLAT = [*HALVED, STRATEGY, "tests.integration.test_flat_sharding.FSDPStrategyOnCPU"]
@@ -72,12 +88,29 @@ class FSDPStrategyOnCPU(FSDPStrategy):
 
 
 class WhatEachHolds(Callback):
-    """Writes each process's margin history and share of the weights; named on the command line."""
+    """Writes each process's margin history, share of the weights and dtypes; named on the command line."""
+
+    def __init__(self) -> None:
+        self.gathered_in: set[str] = set()
+        self.rounded = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def note(block: torch.nn.Module, inputs: object) -> None:
+            self.gathered_in |= {str(parameter.dtype) for parameter in block.parameters()}
+
+        block = next(unit for unit in pl_module.policy.module.modules() if is_flat(unit))
+        block.module.register_forward_pre_hook(note)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [p.grad for p in pl_module.policy.parameters() if p.grad is not None]
+        self.rounded = all(torch.equal(part, part.bfloat16().to(part.dtype)) for part in gradients)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         held = {
             "margin_state": state_to_plain(pl_module.margin_state),
             "here": sum(parameter.numel() for parameter in pl_module.policy.parameters()),
+            "gathered_in": self.gathered_in,
+            "gradients_are_bfloat16": self.rounded,
         }
         torch.save(held, Path(os.environ["HELD"]) / f"rank{trainer.global_rank}.pt")
 
@@ -105,6 +138,8 @@ def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pyte
             one[name] = fit(tiny_model_path, tiny_data, root / "one" / name, alone)
     sharded = {name: [*options, *odd, *FLAT] for name, options in METHODS.items()}
     sharded["full"] += SHARDS
+    sharded["big-batch"] += IN_FOUR
+    sharded["shards"] = [*COMMON, "--trainer.max_steps", "2", *LORA, "--model.reference", "copy", *FLAT, *SHARDS]
     for name in ("full", "copy"):
         start = f"glob:{root}/two/{name}/runs/run/*/checkpoints/*step={MIDDLE}.ckpt"
         trusted = ["--weights_only", str(name == "copy").lower()]
@@ -163,15 +198,24 @@ def test_a_run_resumed_from_shards_or_from_one_file_ends_with_the_same_bits(runs
     assert_goes_on_with_the_same_bits(whole, resumed, behind=MIDDLE)
 
 
+@pytest.mark.parametrize("name", ["full", "shards"])
+def test_export_brings_shards_together(runs: Runs, name: str, tmp_path: Path) -> None:
+    assert_exports_from_shards_what_training_exported(runs.two[name], tmp_path / "out")
+
+
 def test_a_checkpoint_of_adapters_has_the_names_and_shapes_of_one_process(runs: Runs) -> None:
     assert_adapters_only(runs.one["copy"], runs.two["copy"])
 
 
 def test_weights_gathered_in_bfloat16_give_nearly_the_same_losses(runs: Runs) -> None:
-    expected = steps_of(runs.one["bf16"], "train/loss")
-    assert len(expected) == 2
-    assert steps_of(runs.two["bf16"], "train/loss") == pytest.approx(expected, abs=BF16_TOLERANCE)
-    assert steps_of(runs.two["bf16"], "train/loss")[1] != steps_of(runs.two["full"], "train/loss")[1]
+    assert_in_bfloat16(runs.one["bf16"], runs.two["bf16"])
+    assert_gathered_and_summed(runs.root, "bf16", "full")
+
+
+def test_micro_batches_on_two_processes_make_the_step_of_one_big_batch_clipped_by_value(
+    runs: Runs, tiny_model_path: str
+) -> None:
+    assert_step_of_big_batch(runs.one["big-batch"], runs.two["big-batch"], Path(tiny_model_path))
 
 
 PROBE = """

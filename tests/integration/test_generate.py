@@ -167,12 +167,13 @@ SYSTEM, USER = {"role": "system", "content": "be brief"}, {"role": "user", "cont
             [],
             "would be applied twice; allowed: texts without it, or --template",
         ),
+        ([{"chosen": "a", "rejected": "b"}], OWN, "no column 'prompt', which prompts must have, also those of pairs; "),
         ([{"prompt": [USER, {"role": "assistant", "content": "b"}]}], OWN, "there is nothing to answer"),
         ([{"prompt": "a", "tools": [{"name": "f"}]}], OWN, "allowed: a template that writes them, or prompts without"),
         (
             [{"prompt": [SYSTEM, USER], "system": "be long"}],
             OWN,
-            "are two system messages; read as --format prompts, allowed: alpaca_eval, ",
+            "are two system messages; read as --format prompts, others: alpaca_eval, ",
         ),
         ([{"prompt": "[{'role': 'user', 'content': 'a'}]"}], OWN, "in a .jsonl or .parquet file; read as"),
         ([{"instruction": "a"}], ["--sampling.temperature", "-1"], "sampling.temperature=-1.0 is not allowed"),
@@ -306,11 +307,24 @@ def test_a_message_that_cannot_be_read_is_told_and_the_chat_goes_on_as_before_it
     assert says in " ".join(refused.split()) and "data." not in refused and found == expected
 
 
+def test_the_progress_bar_is_there_before_the_first_batch_is_done(
+    tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def first_batch(*_: object) -> None:
+        assert "answering:   0%" in capsys.readouterr().err
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "_generate", first_batch)
+    assert generate(tiny_model_path, write_rows(tmp_path / "q.jsonl", questions(1)), tmp_path / "a.json") == 130
+
+
 def test_a_chat_shows_no_progress_bar_and_what_is_written_as_it_is(
     tiny_model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bars = []
-    monkeypatch.setattr(generation, "track", lambda items, what, visible=True: bars.append(visible) or iter(items))
+    monkeypatch.setattr(
+        generation, "track", lambda items, what, visible=True, delay=2: bars.append(visible) or iter(items)
+    )
     assert talk(tiny_model_path, monkeypatch, "hi") == 0 and bars == [False]
     monkeypatch.setattr(conversations.Conversation, "answer", lambda self, text, show: show(":smile: [b]x[/b]"))
     assert talk(tiny_model_path, monkeypatch, "hi") == 0

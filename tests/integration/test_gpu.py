@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from gamma_po import attention
 from gamma_po.attention import Segments
@@ -24,6 +25,7 @@ from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model
 from gamma_po.scorer import CompletionScorer
 from gamma_po.state import state_to_device
 from tests.contracts import batch_of, random_evidence, tiny_dataset
+from tests.integration.test_ranks import two_processes
 from tests.memory import estimated, taken
 from tests.runs import arguments, fit, steps_of
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer, write_rows
@@ -32,6 +34,7 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 CPU, GPU = pytest.param("cpu", id="cpu"), pytest.param("gpu", marks=ON_GPU, id="gpu")
 ROOT = Path(__file__).resolve().parents[2]
 LOSS_TOLERANCE = 1e-4  # nats of the mean loss, float32 (TF32 on a GPU)
+BF16_TOLERANCE = 0.02  # nats of the mean loss; bfloat16 keeps 8 bits
 MEMORY_TOLERANCE = 0.15
 
 
@@ -51,6 +54,55 @@ def test_fit_in_bf16_starts_at_ln_2_and_learns(
     options += ["--trainer.max_epochs", "3", "--model.lora.r", "8", "--model.reference", reference]
     losses = steps_of(fit(tiny_model_path, tiny_data, tmp_path, options), "train/loss")
     assert losses[0] == pytest.approx(math.log(2), abs=0.02) and losses[-1] < losses[0]
+
+
+class ScaledOnCPU(MixedPrecision):
+    """`16-mixed` as on a GPU; Lightning itself takes bfloat16 on a CPU. Its scale changes every other step."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2))
+
+
+@pytest.mark.parametrize("accelerator", [CPU, GPU])
+def test_fit_in_float16_starts_at_ln_2_and_goes_on_with_the_scale_it_had(
+    accelerator: str, tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    plugin = ["--trainer.plugins", "tests.integration.test_gpu.ScaledOnCPU"]
+    options = ["--trainer.precision", "16-mixed"] if accelerator == "gpu" else plugin
+    options += ["--trainer.accelerator", accelerator, "--trainer.devices", "1", "--data.validation", "null"]
+    options += ["--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k", "-1", "--model.lora.r", "4"]
+    options += ["--trainer.max_steps", "5"]
+    whole = fit(tiny_model_path, tiny_data, tmp_path, options)
+    losses, scales = (steps_of(whole, f"train/{name}") for name in ("loss", "loss_scale"))
+    assert losses[0] == pytest.approx(math.log(2), abs=0.01) and all(map(math.isfinite, losses))
+    (checkpoint,) = (whole / "checkpoints").glob("*step=3.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    (scaler,) = (value for name, value in saved.items() if name in ("ScaledOnCPU", "MixedPrecision"))
+    assert scaler["scale"] == scales[3] and len(scales) == 5
+    assert accelerator == "gpu" or scales == [2.0**10, 2.0**10, 2.0**11, 2.0**11, 2.0**12]
+    resumed = fit(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", str(checkpoint)])
+    assert steps_of(resumed, "train/loss_scale") == scales[3:]
+    assert steps_of(resumed, "train/loss") == (losses[3:] if accelerator == "cpu" else pytest.approx(losses[3:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "ModelParallelStrategy", "ddp"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_two_gpus_train_as_one(
+    strategy: str, precision: str, tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = ["--trainer.accelerator", "gpu", "--trainer.precision", precision, "--trainer.max_steps", "8"]
+    options += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--data.validation", "null"]
+    options += ["--trainer.gradient_clip_val", "1.0"]
+    alone = fit(tiny_model_path, tiny_data, tmp_path / "alone", [*options, "--trainer.devices", "1"])
+    halved = [*options, "--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy", strategy]
+    two_processes(["-m", "gamma_po", "fit", *arguments(tiny_model_path, tiny_data, tmp_path / "two", halved)])
+    (two,) = (tmp_path / "two" / "runs" / "run").iterdir()
+    losses = steps_of(alone, "train/loss")
+    tolerance = LOSS_TOLERANCE if precision == "32-true" else BF16_TOLERANCE
+    assert len(losses) == 8 and abs(losses[-1] - math.log(2)) > 2 * BF16_TOLERANCE
+    assert steps_of(two, "train/loss") == pytest.approx(losses, abs=tolerance)
 
 
 @gpu

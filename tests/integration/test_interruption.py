@@ -11,14 +11,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from safetensors.torch import load_file
 
 from gamma_po.checkpoints import StraightToFile, save_whole
+from gamma_po.cli import PreferenceCLI
 from gamma_po.cli import run as run_command
 from gamma_po.errors import ConfigError
 from gamma_po.resuming import named_checkpoint
@@ -34,7 +36,7 @@ from tests.integration.test_resume import (
     start,
     wait_for,
 )
-from tests.runs import arguments, fit, run
+from tests.runs import arguments, fit, run, steps_of
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,13 +177,97 @@ def test_last_and_best_mean_the_runs_of_the_same_name_and_are_checked_as_files_a
     assert "no run in" in capsys.readouterr().err
 
 
-def test_what_lightning_finds_by_itself_is_checked_as_well(
-    trained: tuple[list[str], Path], tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+class Told(Callback):
+    """Sends a signal to its own process in the middle of a step or of a validation; named on the command line."""
+
+    def __init__(self, number: int, step: int, inside: Literal["step", "validation"], rank: int = 0) -> None:
+        self.number, self.step, self.inside, self.rank = number, step, inside, rank
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._send(trainer, "step", trainer.global_step == self.step)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, i: int) -> None:
+        assert i <= 1 or self.step != trainer.global_step, "the validation goes on"
+        self._send(trainer, "validation", i == 1 and trainer.global_step == self.step)
+
+    def _send(self, trainer: Trainer, here: str, now: bool) -> None:
+        if here == self.inside and now and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+def told(number: int, *, step: int, inside: str, rank: int = 0) -> list[str]:
+    """Options that send a signal after so many steps."""
+    options = ["--trainer.callbacks", "tests.integration.test_interruption.Told"]
+    for name, value in {"number": int(number), "step": step, "inside": inside, "rank": rank}.items():
+        options += [f"--trainer.callbacks.{name}", str(value)]
+    return options
+
+
+@pytest.mark.parametrize("case", ["between epochs", "inside an epoch", "of steps in two parts"])
+def test_a_signal_in_a_validation_stops_it_with_the_state_of_the_step_before(
+    case: str, tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
-    """`hpc` is SLURM's checkpoint, of which the command line knows nothing."""
+    options, step = {
+        "between epochs": ([], 8),
+        "inside an epoch": (["--trainer.val_check_interval", "3"], 11),
+        "of steps in two parts": (["--trainer.val_check_interval", "4", "--trainer.accumulate_grad_batches", "2"], 2),
+    }[case]
+    options = [*options, *LORA, "--trainer.max_epochs", "2", *RECORDED, "--data.eval_batch_size", "2"]
+    options += ["--data.cache_dir", str(tmp_path / "cache")]
+    whole = fit(tiny_model_path, tiny_data, tmp_path / "whole", options)
+    stop = told(signal.SIGTERM, step=step, inside="validation")
+    assert run_command(["fit", *arguments(tiny_model_path, tiny_data, tmp_path, [*options, *stop])]) == 130
+    (stopped,) = (tmp_path / "runs" / "run").iterdir()
+    state = torch.load(stopped / "checkpoints" / "interrupted.ckpt", weights_only=True)
+    assert state["global_step"] == step
+    resumed = fit(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", "last"])
+    assert_same_ending(whole, resumed, step)
+    before, every = steps_of(stopped, "val/loss"), steps_of(whole, "val/loss")
+    del every[len(before)]  # the one cut short: Lightning goes on behind it
+    assert before + steps_of(resumed, "val/loss") == every
+
+
+SLURM = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "JOB_ID": "4711", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0"}
+SLURM |= {"NODEID": "0", "NNODES": "1"}
+
+
+def test_in_a_slurm_job_a_signal_stops_between_steps_and_lightnings_own_checkpoints_are_neither_written_nor_read(
+    trained: tuple[list[str], Path],
+    tiny_model_path: str,
+    tiny_data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     options, whole = trained
-    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(checkpoint_at(whole, 3).read_bytes())
-    resume = [*options, "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", "hpc"]
+    for name, value in SLURM.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "hpc_ckpt_1.ckpt"  # of any other run that was started in this folder
+    other.write_bytes(checkpoint_at(whole, 3).read_bytes())
+    stop = told(signal.SIGUSR1, step=5, inside="step")
+    assert run_command(["fit", *arguments(tiny_model_path, tiny_data, tmp_path, [*options, *stop])]) == 130
+    (stopped,) = (tmp_path / "runs" / "run").iterdir()
+    assert steps_of(stopped, "train/loss") == steps_of(whole, "train/loss")[:6]  # the sixth was under way
+    assert list(tmp_path.rglob("hpc_ckpt*")) == [other] and "let the batch script then call `scontrol" in caplog.text
+    step = torch.load(stopped / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"]
+    assert_same_ending(whole, fit(tiny_model_path, tiny_data, tmp_path, [*options, "--ckpt_path", "last"]), step)
+    given = arguments(tiny_model_path, tiny_data, tmp_path, [*options, "--trainer.default_root_dir", str(tmp_path)])
+    assert run_command(["fit", *given]) == 2
+    assert "holds 'hpc_ckpt_1.ckpt', which Lightning loads by itself" in capsys.readouterr().err
+
+
+def test_the_module_checks_what_is_loaded_whoever_says_what_that_is(
+    trained: tuple[list[str], Path],
+    tiny_model_path: str,
+    tiny_data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options, whole = trained
+    monkeypatch.setattr(PreferenceCLI, "_parse_ckpt_path", lambda cli: setattr(cli, "checkpoint_found", "none"))
+    resume = [*options, "--ckpt_path", str(checkpoint_at(whole, 3))]
     assert_same_ending(whole, fit(tiny_model_path, tiny_data, tmp_path, resume), 3)
     for change, message in {
         ("--model.optimizer.lr", "0.1"): "optimizer.lr: 0.003 in the checkpoint, 0.1 here",
@@ -241,12 +327,16 @@ class Saver:
     """A trainer that writes a file, or a folder of shards, and may end in the middle."""
 
     is_global_zero = True
-    strategy = type("Strategy", (), {"barrier": staticmethod(lambda name: None), "checkpoint_io": None})()
+    checkpoint_io = None
 
     def __init__(self, content: str, *, shards: bool, torn: bool = False) -> None:
         self.content, self.shards, self.torn = content, shards, torn
+        self.strategy = self._checkpoint_connector = self  # of a trainer
 
-    def save_checkpoint(self, path: Path, weights_only: bool) -> None:
+    def dump_checkpoint(self, weights_only: bool) -> dict[str, Any]:
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path) -> None:
         if self.shards:
             path.mkdir()
             (path / "a").write_text(self.content)
@@ -276,9 +366,9 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(shards: bool, tmp_path: Pa
 class Refused(Saver):
     """Writes half of its checkpoint on a disk that takes no more."""
 
-    def save_checkpoint(self, path: Path, weights_only: bool) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path) -> None:
         try:
-            super().save_checkpoint(path, weights_only)
+            super().save_checkpoint(checkpoint, path)
         except Torn as error:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
@@ -343,7 +433,7 @@ def test_a_training_does_not_go_on_with_other_pairs_or_another_start(
         fit(tiny_model_path, tiny_data, tmp_path, [*resume, "--data.train", str(other)])
     tiny_model(seed=1).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"a reference of other weights or settings \(fingerprint \w{12}\) than this"):
+    with pytest.raises(ConfigError, match=r"a reference of other weights \(fingerprint \w{12} in training, \w{12} he"):
         fit(str(tmp_path / "model"), tiny_data, tmp_path, resume)
     moved = shutil.copytree(tiny_model_path, tmp_path / "moved")
     assert_same_ending(whole, fit(str(moved), tiny_data, tmp_path, resume), step)

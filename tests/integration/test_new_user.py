@@ -34,9 +34,9 @@ def test_ten_pairs_become_an_adapter_to_chat_with(
     capsys.readouterr()
     assert main(["generate", "--policy", "runs/mine", "--interactive", "--sampling.max_new_tokens", "4"]) == 0
     assert "chat with runs/mine" in capsys.readouterr().out
-    assert main(["export", "--checkpoint", "runs/mine", "--output", "my_model", "--form", "merged"]) == 0
+    assert main(["export", "--policy", "runs/mine", "--output", "my_model", "--form", "merged"]) == 0
     AutoModelForCausalLM.from_pretrained("my_model")
-    assert main(["export", "--checkpoint", "runs/mine", "--output", "my_adapter"]) == 0
+    assert main(["export", "--policy", "runs/mine", "--output", "my_adapter"]) == 0
     shutil.rmtree("runs")
     for folder in ("my_model", "my_adapter"):
         monkeypatch.setattr("sys.stdin", io.StringIO("the cat is\n"))

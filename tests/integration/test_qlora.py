@@ -18,6 +18,8 @@ from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model
 from gamma_po.scorer import CompletionScorer
 from tests.contracts import batch_of, tiny_dataset
 from tests.runs import fit, steps_of
+from tests.same import assert_goes_on_with_the_same_bits
+from tests.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("bitsandbytes")
 
@@ -55,6 +57,24 @@ def test_the_base_is_held_in_4_bits_and_gives_what_its_dequantised_weights_give(
     with torch.no_grad():
         found, expected = CompletionScorer(model)(batch.model_input), CompletionScorer(plain)(batch.model_input)
     torch.testing.assert_close(found.chosen, expected.chosen, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reference", ["cached", "adapters_off"])
+def test_a_run_goes_on_over_its_quantised_base_with_the_same_bits_and_over_no_other_one(
+    reference: str, tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = [*QLORA, "--model.reference", reference, "--model.lora.dropout", "0.1"]
+    options += ["--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k", "-1"]
+    options += ["--pair_recorder.every_n_steps", "1"]
+    whole = fit(tiny_model_path, tiny_data, tmp_path, options)
+    (checkpoint,) = (whole / "checkpoints").glob("*step=3.ckpt")
+    resume = [*options, "--ckpt_path", str(checkpoint)]
+    assert_goes_on_with_the_same_bits(whole, fit(tiny_model_path, tiny_data, tmp_path, resume), behind=3)
+    tiny_model(seed=1).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    what = "reference" if reference == "cached" else "base"
+    with pytest.raises(ConfigError, match=rf"written with a {what} of other weights \(fingerprint .*--resume anyway"):
+        fit(str(tmp_path / "other"), tiny_data, tmp_path, resume)
 
 
 def test_the_export_is_an_adapter_for_the_base_in_full_precision(

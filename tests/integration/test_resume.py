@@ -138,7 +138,7 @@ def test_adapters_do_not_go_on_over_another_base_that_no_cached_reference_tells_
     checkpoint = ["--ckpt_path", str(checkpoint_at(whole, 3))]
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
-    message = r"a base of other weights or settings \(fingerprint \w{12}\) than this run has"
+    message = r"a base of other weights \(fingerprint \w{12} in training, \w{12} here\)"
     with pytest.raises(ConfigError, match=f"{message}.*model.policy.*--resume anyway"):
         fit(str(tmp_path / "other"), tiny_data, tmp_path, [*options, *checkpoint])
     for command, anyway in (("fit", ["--resume", "anyway"]), ("validate", [])):

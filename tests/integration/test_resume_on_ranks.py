@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.test_ranks import two_processes
 from tests.integration.test_sharding import ONE_FILE, SCRIPT, STRATEGY
-from tests.runs import arguments, steps_of
+from tests.runs import arguments, fit, steps_of
 from tests.same import assert_goes_on_with_the_same_bits, pairs_by_step
 from tests.tiny import tiny_rows, write_rows
 
@@ -68,3 +68,14 @@ def test_a_run_on_two_processes_resumes_with_the_same_bits(case: int, runs: dict
     assert len(steps_of(whole, "train/loss")) == 8
     assert len({len(rows) for rows in pairs_by_step(whole).values()}) > 1  # micro-batches are cut by tokens
     assert_goes_on_with_the_same_bits(whole, resumed, behind=step)
+
+
+def test_what_is_logged_of_a_step_is_the_mean_over_its_pairs_whatever_process_and_micro_batch_they_are_in(
+    runs: dict[str, Path], tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    """Before the first step, where adapters change nothing: against one batch of the same eight pairs."""
+    data = {**tiny_data, "train": str(runs["0"].parents[3] / "uneven.jsonl")}
+    options = ["--data.batch_size", "8", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    one = fit(tiny_model_path, data, tmp_path, options)
+    for name in ("train/loss", "train/logps/chosen", "train/logps/rejected"):
+        assert steps_of(runs["0"], name)[0] == pytest.approx(steps_of(one, name)[0], rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM
 
 from gamma_po.errors import ConfigError
@@ -19,28 +22,42 @@ from gamma_po.policies import Lora, ModelConfig, attach_lora
 from gamma_po.sharding import check_sharding, transformer_blocks
 from gamma_po.state import state_to_plain
 from tests.integration.test_ranks import OBJECTIVE, two_processes
-from tests.runs import arguments, fit, steps_of
+from tests.runs import arguments, fit, run, steps_of
 from tests.same import (
+    LOSS_TOLERANCE,
+    METRICS,
     assert_adapters_only,
     assert_clipped_first_step,
+    assert_exports_from_shards_what_training_exported,
     assert_goes_on_with_the_same_bits,
     assert_same_exported_weights,
     assert_same_history,
     assert_same_pairs,
     assert_same_validation,
     exported,
+    pairs_by_step,
 )
 from tests.tiny import tiny_model
 
-BF16_TOLERANCE = 0.02  # nats of the mean loss; bfloat16 keeps 8 bits
-LR, CLIP = 0.1, 0.05
+BF16_TOLERANCE = 0.005  # nats of the mean loss; bfloat16 keeps 8 bits
+MOVE_TOLERANCE = 1e-3  # relative L2 of how far the weights went
+LR, CLIP, BF16_CLIP, CLIP_VALUE = 0.1, 0.05, 1.0, 0.002
 COMMON = [*OBJECTIVE, "--model.optimizer.momentum", "0.5", "--trainer.gradient_clip_val", str(CLIP)]
 COMMON += ["--trainer.max_epochs", "3", "--pair_recorder.every_n_steps", "1", "--checkpoint.save_top_k", "-1"]
 COMMON += ["--model.warmup_ratio", "0"]
 FULL = [*COMMON, "--checkpoint.every_n_train_steps", "12", "--report.enabled", "true", "--report.num_prompts", "2"]
 LORA = [*COMMON, "--model.lora.r", "4", "--model.reference", "copy", "--data.layout", "shared_prefix"]
 LORA += ["--checkpoint.every_n_train_steps", "1", "--model.gradient_checkpointing", "true"]
-BF16 = [*COMMON, "--model.lora.r", "4", "--trainer.precision", "bf16-mixed", "--model.policy.dtype", "bfloat16"]
+# Clipped so little that eight steps change the losses by much more than bfloat16 does.
+EIGHT_STEPS = [*COMMON, "--trainer.max_epochs", "1", "--trainer.gradient_clip_val", str(BF16_CLIP)]
+BF16 = [*EIGHT_STEPS, "--trainer.precision", "bf16-mixed"]
+BF16_LORA = [*BF16, "--model.lora.r", "4", "--model.policy.dtype", "bfloat16"]
+# A margin without pools: those of KL are the micro-batches, which accumulation makes smaller.
+BIG_BATCH = ["--model.loss.beta", "0.3", "--model.margin", "Fixed", "--model.margin.gamma", "0.5"]
+BIG_BATCH += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1.0", "--model.warmup_ratio", "0"]
+BIG_BATCH += ["--trainer.gradient_clip_val", str(CLIP_VALUE), "--trainer.gradient_clip_algorithm", "value"]
+BIG_BATCH += ["--pair_recorder.every_n_steps", "1", "--data.batch_size", "8"]
+IN_FOUR = ["--data.batch_size", "2", "--trainer.accumulate_grad_batches", "2"]  # on each of two processes
 STRATEGY = "--trainer.strategy"
 HALVED = ["--trainer.devices", "2", "--data.batch_size", "2", "--data.eval_batch_size", "1"]
 SHARDED = [*HALVED, STRATEGY, "ModelParallelStrategy", f"{STRATEGY}.data_parallel_size", "2"]
@@ -63,7 +80,26 @@ for name, command in json.loads(Path(sys.argv[1]).read_text()).items():
 
 
 class WhatEachHolds(Callback):
-    """Writes each process's margin history and share of the weights; named on the command line."""
+    """Writes each process's margin history, share of the weights and dtypes; named on the command line."""
+
+    def __init__(self) -> None:
+        self.gathered_in: set[str] = set()
+        self.rounded, self.first_move = False, math.nan
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def note(block: nn.Module, inputs: object) -> None:
+            self.gathered_in |= {str(parameter.dtype) for parameter in block.parameters()}
+
+        transformer_blocks(pl_module.policy.model)[0].register_forward_pre_hook(note)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [p.grad.to_local() for p in pl_module.policy.parameters() if p.grad is not None]
+        self.rounded = all(torch.equal(part, part.bfloat16().to(part.dtype)) for part in gradients)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if trainer.global_step == 1:  # B starts at 0
+            adapters = [value for name, value in pl_module.named_parameters() if "lora_B" in name]
+            self.first_move = math.hypot(*(float(value.detach().full_tensor().norm()) for value in adapters))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for module in pl_module.modules():
@@ -74,6 +110,9 @@ class WhatEachHolds(Callback):
             "margin_state": state_to_plain(pl_module.margin_state),
             "all": sum(parameter.numel() for parameter in parameters),
             "here": sum(parameter.to_local().numel() for parameter in parameters),
+            "gathered_in": self.gathered_in,
+            "gradients_are_bfloat16": self.rounded,
+            "first_move": self.first_move,
         }
         torch.save(held, Path(os.environ["HELD"]) / f"rank{trainer.global_rank}.pt")
 
@@ -93,7 +132,7 @@ def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pyte
     root = tmp_path_factory.mktemp("sharding")
     # 11 rows, one at a time: the second process's last batch is empty.
     odd = ["--data.validation", tiny_data["test"]]
-    methods = {"full": FULL, "lora": LORA, "bf16": [*BF16, "--trainer.max_steps", "2"]}
+    methods = {"full": FULL, "lora": LORA, "bf16": BF16_LORA, "big-batch": BIG_BATCH}
     one = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "cache-one"))
@@ -103,7 +142,11 @@ def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pyte
                 tiny_model_path, tiny_data, root / "one" / name, [*options, *odd, "--data.eval_batch_size", "2"]
             )
 
+        tested = [*FULL, "--data.eval_batch_size", "2", "--ckpt_path", str(one["full"] / "checkpoints" / "last.ckpt")]
+        one["full-test"] = run("test", tiny_model_path, tiny_data, root / "one" / "full-test", tested).trainer_dir
+
     sharded = {name: [*options, *odd, *SHARDED] for name, options in methods.items()}
+    sharded["big-batch"] += IN_FOUR
     sharded["lora"] += ONE_FILE
     for name in ("full", "lora"):
         start = f"glob:{root}/two/{name}/runs/run/*/checkpoints/*step={MIDDLE}.ckpt"
@@ -114,12 +157,15 @@ def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pyte
             "--weights_only",
             str(name == "lora").lower(),
         ]
+    last = f"glob:{root}/two/full/runs/run/*/checkpoints/last.ckpt"
+    sharded["full-test"] = [*sharded["full"], "--ckpt_path", last, "--weights_only", "false"]
     sharded["ddp"] = [*LORA, *odd, *HALVED, STRATEGY, "ddp"]
     # Scored anew, when the policy is no longer its own reference: from a copy that is sharded, too.
     sharded["full-resumed"] += ["--data.cache_dir", str(root / "cache-resumed")]
     commands = {}
     for name, options in sharded.items():
-        commands[name] = ["fit", *arguments(tiny_model_path, tiny_data, root / "two" / name, options)]
+        command = "test" if name == "full-test" else "fit"
+        commands[name] = [command, *arguments(tiny_model_path, tiny_data, root / "two" / name, options)]
     (root / "commands.json").write_text(json.dumps(commands))
     (root / "script.py").write_text(SCRIPT)
     said = two_processes(
@@ -127,6 +173,37 @@ def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pyte
     )
     two = {name: next((root / "two" / name / "runs" / "run").iterdir()) for name in sharded}
     return Runs(one=one, two=two, root=root, said=said)
+
+
+def assert_in_bfloat16(one: Path, two: Path) -> None:
+    """Losses and gradients are nearly those of one process; in these steps they change by a hundred times as much."""
+    losses = steps_of(one, "train/loss")
+    assert len(losses) == 8 and losses[0] - losses[-1] > 100 * BF16_TOLERANCE
+    assert steps_of(two, "train/loss") == pytest.approx(losses, abs=BF16_TOLERANCE)
+    assert steps_of(two, "train/grad_norm") == pytest.approx(steps_of(one, "train/grad_norm"), rel=0.02)
+
+
+def assert_gathered_and_summed(root: Path, bf16: str, float32: str) -> None:
+    """Mixed precision gathers weights in bfloat16 and sums gradients in float32; without it all is in float32."""
+    for name, dtype in ((bf16, torch.bfloat16), (float32, torch.float32)):
+        for rank in (0, 1):
+            held = torch.load(root / name / f"rank{rank}.pt", weights_only=True)
+            assert held["gathered_in"] == {str(dtype)} and not held["gradients_are_bfloat16"]
+
+
+def assert_step_of_big_batch(one: Path, two: Path, start: Path) -> None:
+    """Losses, norms before clipping and the way of the weights are the same; each step clips some gradient."""
+    norms, weights = steps_of(one, "train/grad_norm"), load_file(start / "model.safetensors")
+    # Were no element above the limit, the norm could not be above it times the root of their number.
+    assert len(norms) == 4 and min(norms) > CLIP_VALUE * math.sqrt(sum(value.numel() for value in weights.values()))
+    assert steps_of(two, "train/grad_norm") == pytest.approx(norms, rel=1e-4)
+    assert steps_of(two, "train/loss") == pytest.approx(steps_of(one, "train/loss"), abs=LOSS_TOLERANCE)
+    expected, found = pairs_by_step(one), pairs_by_step(two)  # of a step's last micro-batch
+    assert expected.keys() == found.keys() and all(len(rows) == 4 for rows in found.values())
+    for step, rows in found.items():
+        assert all(expected[step][row] == pytest.approx(values, abs=LOSS_TOLERANCE) for row, values in rows.items())
+    moves = [torch.cat([(exported(run)[k] - weights[k]).flatten() for k in weights]) for run in (one, two)]
+    assert float((moves[0] - moves[1]).norm() / moves[0].norm()) < MOVE_TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "of_one"), [("full", "full"), ("lora", "lora"), ("ddp", "lora")])
@@ -171,21 +248,39 @@ def test_a_run_resumed_from_shards_or_from_one_file_ends_with_the_same_bits(runs
     assert_goes_on_with_the_same_bits(whole, resumed, behind=MIDDLE)
 
 
+def test_a_test_from_shards_gives_the_metrics_of_one_process(runs: Runs) -> None:
+    metrics = tuple(metric.replace("val/", "test/") for metric in METRICS)
+    assert_same_validation(runs.one["full-test"], runs.two["full-test"], epochs=1, metrics=metrics)
+
+
+@pytest.mark.parametrize("name", ["full", "bf16"])
+def test_export_brings_shards_together(runs: Runs, name: str, tmp_path: Path) -> None:
+    assert_exports_from_shards_what_training_exported(runs.two[name], tmp_path / "out")
+
+
 def test_a_checkpoint_of_adapters_holds_neither_base_nor_reference(runs: Runs) -> None:
     assert_adapters_only(runs.one["lora"], runs.two["lora"])
 
 
 def test_in_bfloat16_base_and_adapters_of_two_dtypes_are_sharded_together(runs: Runs) -> None:
-    expected = steps_of(runs.one["bf16"], "train/loss")
-    assert len(expected) == 2
-    assert steps_of(runs.two["bf16"], "train/loss") == pytest.approx(expected, abs=BF16_TOLERANCE)
+    assert_in_bfloat16(runs.one["bf16"], runs.two["bf16"])
+    assert_gathered_and_summed(runs.root, "bf16", "full")
+    held = torch.load(runs.root / "bf16" / "rank0.pt", weights_only=True)
+    assert held["first_move"] == pytest.approx(LR * BF16_CLIP, rel=1e-4)  # clipped by the norm over all shards
+
+
+def test_micro_batches_on_two_processes_make_the_step_of_one_big_batch_clipped_by_value(
+    runs: Runs, tiny_model_path: str
+) -> None:
+    assert_step_of_big_batch(runs.one["big-batch"], runs.two["big-batch"], Path(tiny_model_path))
 
 
 def test_samples_are_left_out_with_a_message_and_the_pairs_are_reported(runs: Runs) -> None:
     one, two = (json.loads((folder["full"] / "report.json").read_text()) for folder in (runs.one, runs.two))
     assert two["pairs"]["num_pairs"] == 11 and two["samples"] is None and one["samples"] is not None
     assert two["pairs"]["accuracy_policy"]["mean"] == pytest.approx(one["pairs"]["accuracy_policy"]["mean"])
-    assert runs.said.count("no samples: generation under ModelParallelStrategy is not supported") == 2
+    reports = [name for name in runs.two if name.startswith("full")]  # its first run, the resumed one and its test
+    assert runs.said.count("no samples: generation under ModelParallelStrategy is not supported") == len(reports)
 
 
 def test_what_cannot_be_sharded_is_refused_with_what_is_allowed() -> None:

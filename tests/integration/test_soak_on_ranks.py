@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.distributed import TCPStore
 from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 
-from experiments.soak.attempts import Attempt
+from experiments.soak.attempts import Attempt, held_port
 from experiments.soak.comparison import Broken, check_whole, read_trained
+from gamma_po.callbacks.checkpoint import RunCheckpoint
 from gamma_po.checkpoints import StraightToFile
 from tests.integration.test_interruption import soak
 from tests.integration.test_sharding import HALVED, STRATEGY
@@ -26,7 +31,7 @@ def test_a_training_that_shares_the_weights_killed_at_random_moments_ends_with_t
     tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     options = [*FSDP2, "--trainer.limit_val_batches", "0", "--data.validation", "null", "--data.test", "null"]
-    options += ["--checkpoint.every_n_train_steps", "1"]
+    options += ["--checkpoint.every_n_train_steps", "1", "--trainer.accumulate_grad_batches", "3"]
     how = ["--kills", "2", "--seed", "11", "--processes", "2", "--victims", "either", "--grace", "20"]
     how += ["--after-first-checkpoint", "--mean", "2"]
     figures = soak(tiny_model_path, tiny_data, tmp_path, how, options)
@@ -73,7 +78,26 @@ def test_shards_are_removed_under_another_name_first(shards: Path, monkeypatch: 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("gamma_po.checkpoints.shutil.rmtree", killed)
         StraightToFile().remove_checkpoint(shards)
-    assert [file.name for file in shards.parent.iterdir()] == ["last.ckpt.partial"]
+    assert [file.name for file in shards.parent.iterdir()] == ["last.ckpt.removing"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("place", ["own", "before"])
+def test_the_next_start_ends_a_removal_that_was_cut_short_and_touches_nothing_else(place: str, tmp_path: Path) -> None:
+    def fit(folder: Path, *, steps: int, start: Path | None = None) -> None:
+        trainer = Trainer(max_steps=steps, limit_train_batches=1, limit_val_batches=0, accelerator="cpu", logger=False)
+        trainer.callbacks[:] = [RunCheckpoint(dirpath=str(folder), save_last=True)]
+        trainer.fit(BoringModel(), ckpt_path=start, weights_only=True)
+
+    fit(tmp_path / "before", steps=1)
+    others = ["epoch=0-step=3.ckpt.partial", "mine.removing"]  # perhaps being written; of another pattern
+    for name in ["epoch=0-step=2.ckpt.removing", *others]:
+        (tmp_path / place / name).mkdir(parents=True)
+        (tmp_path / place / name / "__0_0.distcp").touch()
+    (tmp_path / place / "epoch=0-step=4.ckpt.removing").touch()
+    fit(tmp_path / "own", steps=2, start=tmp_path / "before" / "last.ckpt")
+    found = {file.name for file in (tmp_path / place).iterdir() if file.suffix != ".ckpt"}
+    assert found == set(others) and all((tmp_path / place / name / "__0_0.distcp").is_file() for name in others)
 
 
 def group(*scripts: str) -> list[int]:
@@ -98,3 +122,17 @@ def test_a_process_that_does_not_notice_the_end_of_another_is_ended() -> None:
 def test_an_attempt_has_failed_if_one_of_its_processes_has() -> None:
     assert Attempt(group("sleep 1", "exit 3"), grace=60).wait(60) == 3
     assert Attempt(group("exit 0", "sleep 0.1"), grace=60).wait(60) == 0
+
+
+def test_a_held_port_is_given_to_nobody_and_torch_can_listen_on_it() -> None:
+    with held_port() as held, socket.socket() as other:
+        port = held.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        for _ in range(60_000):  # about twice as many as there are
+            with socket.socket() as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.bind(("127.0.0.1", 0))
+                assert one.getsockname()[1] != port
+        store = TCPStore("127.0.0.1", port, 1, is_master=True)
+        assert store.port == port

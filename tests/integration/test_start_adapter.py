@@ -111,7 +111,7 @@ def test_export_merges_all_of_it_and_the_card_says_in_which_order(
 ) -> None:
     adapter = save_adapter(tmp_path / "sft", seed=1)
     finished = run("fit", tiny_model_path, tiny_data, tmp_path, [*LORA, "--model.policy.adapter", adapter])
-    expected, command = logits(finished.cli.model.policy.model), ["export", "--checkpoint", str(finished.trainer_dir)]
+    expected, command = logits(finished.cli.model.policy.model), ["export", "--policy", str(finished.trainer_dir)]
     assert main([*command, "--output", str(tmp_path / "whole"), "--form", "merged"]) == 0
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     torch.testing.assert_close(logits(whole), expected, rtol=0, atol=TOLERANCE)

@@ -43,7 +43,7 @@ def prepared(
         dataset.reference = cached_logps(
             dataset.pairs,
             lambda: _scoring(module),
-            key=ReferenceKey(module.reference.weights, layout, "float32", "sdpa"),
+            key=ReferenceKey(module.reference.fingerprint.digest, layout, "float32", "sdpa"),
             folder=cache,
             ranks=Local(),
             batch_size=5,

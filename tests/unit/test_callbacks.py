@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -421,9 +422,11 @@ class TestNonFiniteGuard:
         with pytest.raises(FloatingPointError, match=r"norm is inf.*the norm overflows"):
             fit(tmp_path, [NonFiniteGuard()], module)
 
-    def test_a_loss_scaler_may_overflow_the_gradient_but_not_a_pair(self) -> None:
-        trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()), global_step=0)
+    def test_a_loss_scaler_may_overflow_the_gradient_but_not_a_pair(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        scaler = torch.amp.GradScaler("cpu")
+        trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), global_step=0)
         guard, module = NonFiniteGuard(), Policy()
+        monkeypatch.setattr(module, "log", lambda name, value: None)
         optimizer = module.configure_optimizers()
         module.weights.grad = torch.tensor([torch.inf, 0.0])
         for change in (lambda output: output, SPOILED["loss"][0]):
@@ -435,6 +438,17 @@ class TestNonFiniteGuard:
                     guard.on_before_optimizer_step(trainer, module, optimizer)
             else:
                 guard.on_before_optimizer_step(trainer, module, optimizer)
+
+    def test_a_loss_scaler_whose_every_step_overflows_stops_the_run(self, tmp_path: Path) -> None:
+        scaler, module = torch.amp.GradScaler("cpu"), Policy()
+        module.weights.register_hook(lambda gradient: gradient * torch.inf)
+        scales: list[float] = []
+        module.log = lambda name, value, **_: scales.append(value) if name == "train/loss_scale" else None
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        with pytest.raises(FloatingPointError, match=r"step 18 was not taken, nor .* scaler is down at 0\.5\. .*bf16"):
+            fit(tmp_path, [NonFiniteGuard()], module, plugins=[plugin], max_epochs=-1, max_steps=100)
+        assert scales == [2.0**exponent for exponent in range(16, -1, -1)]  # from 65536 to 1: 17 steps skipped
+        assert torch.equal(module.weights, Policy().weights)
 
     def test_the_norm_before_clipping_is_logged(self, tmp_path: Path) -> None:
         norms: list[float] = []

@@ -187,7 +187,7 @@ CALL, ANSWERS = {"role": "assistant", "content": ""}, {"chosen": "x", "rejected"
 @pytest.mark.parametrize(
     ("values", "columns", "expected"),
     [
-        ({"prompt": "q", "chosen": "x", "rejected": "y", "a": 1}, {"margin": "a", "margin_minus": "b"}, "column 'b'"),
+        ({"prompt": "q", **ANSWERS, "a": 1}, {"margin": "a", "margin_minus": "b"}, "'b' (as data.columns.margin_minus"),
         ({"prompt": "q", "chosen": "x", "rejected": "y", "a": [1]}, {"margin": "a"}, "finite number, found [1]"),
         ({"prompt": "q", "chosen": "x", "rejected": "y", "a": [1, "n"]}, {"margin": "a"}, "finite number, found 'n'"),
         ({"prompt": "q", "chosen": "x", "rejected": "y", "a": []}, {"margin": "a"}, "finite number, found []"),
@@ -251,7 +251,7 @@ CALL, ANSWERS = {"role": "assistant", "content": ""}, {"chosen": "x", "rejected"
         ({"prompt": "q", **ANSWERS}, {"system": "sytem"}, "no column 'sytem' (as data.columns.system names it"),
         ({"instruction": "a", "input": "b", "history": "c", "chosen": "x", "rejected": "y"}, {}, "'history' must hold"),
         ({"instruction": "a", "input": ["b"], "chosen": "x", "rejected": "y"}, {}, "'input' must hold text"),
-        ({"text": "q", "label": 1}, {}, "no column 'chosen'; columns there: text, label"),
+        ({"text": "q", "label": 1}, {}, "no column 'chosen' (data.columns.chosen can name another)"),
         ({"better": "x", "worse": "y"}, {}, "no column 'chosen'"),
         ({"chosen": "Human: a\n\nAssistant: b", "rejected": "c"}, {}, "no column 'prompt'"),
         ({"question": "q", "chosen": "x", "rejected": "y"}, {"format": "plain"}, "no column 'prompt'"),

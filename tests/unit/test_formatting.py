@@ -118,7 +118,8 @@ def test_a_missing_column_is_named_beside_the_columns_that_are_there(missing: st
     values = {"prompt": "q", "chosen": "x", "rejected": "y", "gap": 1.0, "extra": 0}
     del values[missing]
     message = error_of(Columns(margin="gap"), **values)
-    assert f"no column '{missing}'" in message
+    option = {"gap": "margin"}.get(missing, missing)
+    assert f"no column '{missing}' (" in message and f"data.columns.{option} " in message
     assert message.endswith(f"columns there: {', '.join(values)}")
 
 
