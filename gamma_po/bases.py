@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from gamma_po.adapters import adapter_digest, adapter_folder
 from gamma_po.errors import ConfigError
 from gamma_po.fingerprints import Fingerprint, difference, sampled_fingerprint
-from gamma_po.policies import ModelConfig, load_model, without_weights
+from gamma_po.policies import DTYPES, ModelConfig, load_model, without_weights
 
 
 def base_fingerprint(config: ModelConfig, model: PreTrainedModel | None = None) -> Fingerprint | None:
@@ -21,8 +21,9 @@ def base_fingerprint(config: ModelConfig, model: PreTrainedModel | None = None) 
 
     Args:
         config: of the base.
-        model: the base as loaded with `config`; without it, or where it is no longer as it was in its files, these are
-            read once more: some rows of each weight, or the whole model where they cannot be read in parts.
+        model: the base as loaded with `config`, or in float32; without it, or where it is no longer as it was in its
+            files, these are read once more: some rows of each weight, or the whole model where they cannot be read in
+            parts.
 
     Returns:
         None for a quantised base of which no part can be read alone: whole and not quantised it may not fit anywhere.
@@ -34,7 +35,7 @@ def base_fingerprint(config: ModelConfig, model: PreTrainedModel | None = None) 
             model = load_model(bare)
     if model is None:
         return None
-    found = sampled_fingerprint(model)
+    found = sampled_fingerprint(model, DTYPES[config.dtype])
     if config.adapter is None:
         return found
     both = found.weights + adapter_digest(adapter_folder(config.adapter))
@@ -61,7 +62,8 @@ def check_base(
     """
     if saved is None:
         return
-    here = base_fingerprint(replace(config, dtype=trained_dtype), model if config.dtype == trained_dtype else None)
+    fits = config.dtype in (trained_dtype, "float32")  # else its weights are rounded otherwise than in training
+    here = base_fingerprint(replace(config, dtype=trained_dtype), model if fits else None)
     different = difference(saved, here)
     if different is not None:
         raise ConfigError(

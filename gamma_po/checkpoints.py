@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 
 from gamma_po.errors import ConfigError
@@ -119,6 +119,9 @@ def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> N
         if first:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove(partial)  # left by a process that was killed
+    if _saves_shards(trainer.strategy):
+        with as_one(ranks):
+            partial.mkdir(parents=True, exist_ok=True)  # on every node; while they are written, the ranks meet
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
     with _removed_if_unfinished(partial, here=first):
         with as_one(ranks), disk_errors():  # `trainer.save_checkpoint` would leave the others at a barrier of its own
@@ -129,6 +132,12 @@ def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> N
     with as_one(ranks):
         if first:
             _put_in_place(partial, path)
+
+
+def _saves_shards(strategy: Strategy) -> bool:
+    if isinstance(strategy, FSDPStrategy):
+        return strategy._state_dict_type == "sharded"
+    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
 
 def load_plain_files_only(strategy: FSDPStrategy) -> None:

@@ -85,7 +85,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     return Fingerprint(_hash((name, tensor, parts(name, tensor)) for name, tensor in seen), _settings(model))
 
 
-def sampled_fingerprint(model: nn.Module) -> Fingerprint:
+def sampled_fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> Fingerprint:
     """Fingerprint with some rows of each weight in it: another model of the same shapes has another one.
 
     Less sure than `fingerprint`, as other rows are not looked at, but only some megabytes are read; more where a row is
@@ -93,19 +93,21 @@ def sampled_fingerprint(model: nn.Module) -> Fingerprint:
 
     Args:
         model: not sharded. Weights that are not loaded yet are read from their files.
+        dtype: hash the weights as they would be in it; by default as they are. float32 gives those of every other.
     """
     weights, missing = sorted(model.state_dict().items()), source_of(model)
     rows = ((name, tensor, _some_rows(tensor, missing.get(name))) for name, tensor in weights)
-    return Fingerprint(_hash(rows), _settings(model))
+    return Fingerprint(_hash(rows, dtype), _settings(model))
 
 
-def _hash(weights: Iterable[tuple[str, Tensor, list[Tensor]]]) -> str:
+def _hash(weights: Iterable[tuple[str, Tensor, list[Tensor]]], dtype: torch.dtype | None = None) -> str:
     """Hash of weights: name, the weight itself (for its dtype and shape), and what of it is looked at."""
     digest = hashlib.sha256()
     for name, tensor, parts in weights:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        digest.update(f"{name} {kind} {tuple(tensor.shape)}".encode())
         for part in parts:
-            digest.update(_bytes(part.to(tensor.dtype)))
+            digest.update(_bytes(part.to(kind)))
     return digest.hexdigest()
 
 

@@ -63,6 +63,7 @@ from gamma_po.resuming import (
     Resume,
     check_accumulation,
     check_end_of_training,
+    check_same_checkpoint,
     check_same_run,
     check_same_settings,
     check_same_weights,
@@ -245,10 +246,11 @@ class PreferenceModule(LightningModule):
         shared_by = type(self.trainer.strategy).__name__ if self._is_sharded else None
         check_optimizer(optimizer, precision=self.trainer.precision, shared_by=shared_by)
         total_steps = self.trainer.estimated_stepping_batches
-        check_whole_steps(self.trainer)
-        check_validations(self.trainer)
         if not math.isfinite(total_steps):
             raise ConfigError("the schedule needs a known number of steps: set trainer.max_steps or trainer.max_epochs")
+        self.trainer.fit_loop.setup_data()  # for the checks; where only max_steps is set, nobody has done it yet
+        check_whole_steps(self.trainer)
+        check_validations(self.trainer)
         factor = warmup_then(self.schedule, total_steps=int(total_steps), warmup_ratio=self.warmup_ratio)
         ends = self.schedule != "constant" or self.warmup_ratio > 0  # the learning rate depends on the number of steps
         self._steps_in_all = {"steps_in_all": int(total_steps) if ends else "any"}
@@ -493,6 +495,8 @@ class PreferenceModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the state of loss and margin; refuse a checkpoint that does not fit, however it was found."""
         trainer = self._trainer
+        if trainer is not None:  # a run that is still ending may have replaced the file for some of the processes
+            check_same_checkpoint(self.ranks, f"step {checkpoint['global_step']}")
         check_format(checkpoint, str(getattr(trainer, "ckpt_path", None) or "the checkpoint"))
         if trainer is not None:
             saved, here = checkpoint.get("hyper_parameters", {}), dict(self.hparams)

@@ -17,6 +17,7 @@ from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.data.loader import TokenBatches
 from gamma_po.errors import ConfigError
 from gamma_po.fingerprints import Fingerprint, difference
+from gamma_po.ranks import Ranks, lines_of_all
 from gamma_po.saved import RECORDS, furthest_checkpoint, read_plain
 from gamma_po.shards import BESIDE_SHARDS
 
@@ -323,6 +324,25 @@ def check_whole_steps(trainer: Trainer) -> None:
         )
 
 
+def check_same_checkpoint(ranks: Ranks, found: str) -> None:
+    """Refuse different checkpoints, on all ranks with the same message.
+
+    Args:
+        ranks: the processes of the run.
+        found: by this one.
+
+    Raises:
+        ConfigError: saying what each has found.
+    """
+    everyone = lines_of_all(ranks, found)
+    if len(set(everyone)) > 1:
+        each = "; ".join(f"process {rank} {line}" for rank, line in enumerate(everyone))
+        raise ConfigError(
+            f"ckpt_path: the processes have found different checkpoints: {each}; allowed: one file that all of them "
+            "see, in a folder that the nodes share. If another run still writes there, wait until it has ended"
+        )
+
+
 def check_validations(trainer: Trainer) -> None:
     """Refuse to validate inside an optimizer step: no checkpoint could be saved with what the validation finds.
 
@@ -337,6 +357,8 @@ def check_validations(trainer: Trainer) -> None:
     without = isinstance(data, PreferenceDataModule) and "validation" not in data.datasets
     if accumulate == 1 or without or not trainer.enable_validation or trainer.fast_dev_run or every == float("inf"):
         return
+    if every is None and trainer._val_check_time_interval is None:
+        return  # trainer.limit_train_batches is 0
     if every is None:
         raise ConfigError(
             f"trainer.val_check_interval is a time, {trainer._val_check_time_interval:g} s, and would end inside an "

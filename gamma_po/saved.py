@@ -308,7 +308,7 @@ def from_plain(kind: type[Built], plain: dict[str, Any]) -> Built:
     Names of classes that stand in the values are not looked up: `kind` decides what is built.
 
     Raises:
-        ConfigError: a setting that `kind` does not have.
+        ConfigError: a setting that `kind` does not have, or a value of another type.
     """
     plain = plain.get("init_args", plain)
     hints, values = get_type_hints(kind), {}
@@ -318,7 +318,10 @@ def from_plain(kind: type[Built], plain: dict[str, Any]) -> Built:
     for name, value in plain.items():
         inner = [option for option in (hints[name], *get_args(hints[name])) if dataclasses.is_dataclass(option)]
         values[name] = from_plain(inner[0], value) if inner and isinstance(value, dict) else value
-    return kind(**values)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{kind.__name__}: {plain} cannot be read: {error}") from error
 
 
 # --- the kinds of places ------------------------------------------------------------------------------------------

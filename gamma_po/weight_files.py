@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DOWNLOADED = ["model*.safetensors", INDEX, "config.json", "generation_config.json"]
+DOWNLOADED = [ONE_FILE, "model-*-of-*.safetensors", INDEX, "config.json", "generation_config.json"]
 NOT_READ = "rotary_emb.inv_freq"  # the ending of names in older files; models compute these themselves
 SOURCE = "_weight_files"  # the attribute of a model without weights
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from gamma_po.checkpoints import finish_removing, save_whole
 from gamma_po.errors import require
+from gamma_po.ranks import as_one, current_ranks
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -71,6 +72,11 @@ class RunCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Remove it; where the disk refuses, all ranks say so."""
+        with as_one(current_ranks()):
+            super()._remove_checkpoint(trainer, filepath)
 
 
 def between_steps(trainer: Trainer) -> bool:

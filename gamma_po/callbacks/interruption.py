@@ -82,7 +82,7 @@ class StopBetweenSteps(Callback):
             return
         if self._someone_received():
             self._save(trainer)
-        elif trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        elif trainer.fit_loop.epoch_loop._should_check_val_epoch():  # on all ranks alike, unlike whether it is time
             self._at_step = trainer.fit_loop.state_dict()
 
     def on_validation_batch_end(
@@ -111,13 +111,16 @@ class StopBetweenSteps(Callback):
         save_whole(trainer, path)
         self._saved = True
         if trainer.is_global_zero:
-            log.warning(
-                "stopped after step %s%s; to continue, repeat the command with --ckpt_path %s; without it, the same "
-                "command starts anew in a directory of its own",
-                trainer.global_step,
-                ", in a validation, which is not made up for" if self._in_validation else "",
-                path,
-            )
+            where = f"stopped after step {trainer.global_step}"
+            if self._in_validation:
+                where += ", in a validation, which is not made up for"
+            if trainer.global_step == trainer.max_steps:
+                log.warning(f"{where}. It was the last step: the trained policy is in {path}, for export --policy")
+            else:
+                log.warning(
+                    f"{where}; to continue, repeat the command with --ckpt_path {path}; without it, the same command "
+                    "starts anew in a directory of its own"
+                )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop: the loggers have the saved step by now."""
@@ -133,7 +136,7 @@ class StopBetweenSteps(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training is complete: from here on a signal stops at once, also one that came during the last validation."""
-        received = self._someone_received()
+        received, self._at_step = self._someone_received(), None
         self._restore()
         if received:
             log.warning("stopped after the last step; what `fit` does after training (export, report) may be missing")

@@ -51,8 +51,8 @@ def linear_average(first: Tensor, second: Tensor, label: Tensor, x: Tensor, *, f
 def mean_slope(variance: Tensor, gap: float) -> Tensor:
     """Return E[d/dd tanh(gap d / 2)] for d ~ N(0, variance), by Gauss-Hermite quadrature.
 
-    >>> mean_slope(torch.tensor([0.0], dtype=torch.float64), 2.0)
-    tensor([1.], dtype=torch.float64)
+    >>> mean_slope(torch.tensor([0.0, 1.0]), 2.0)
+    tensor([1.0000, 0.6057], dtype=torch.float64)
     """
     nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(NODES))
     d = variance.double().sqrt()[..., None] * nodes

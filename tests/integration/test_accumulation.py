@@ -160,6 +160,10 @@ REFUSED = {
         ["--trainer.val_check_interval", "3", "--trainer.check_val_every_n_epoch", "null"],
         r"limit_train_batches makes epochs a multiple of 3",
     ),
+    "steps alone are given": (
+        ["--trainer.val_check_interval", "4", "--trainer.max_epochs", "-1", "--trainer.max_steps", "5"],
+        r"val_check_interval=4 .* multiple of 3 or of 16",
+    ),
 }
 
 
@@ -173,6 +177,7 @@ def test_validations_inside_a_step_are_refused(
 
 
 ACROSS = ["--trainer.check_val_every_n_epoch", "null"]
+STEPS_ALONE = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "5"]
 ALLOWED = {
     "a share of whole steps": (["--trainer.val_check_interval", "0.75"], 1),
     "across epochs of whole steps": (
@@ -180,6 +185,7 @@ ALLOWED = {
         1,
     ),
     "nothing to validate": (["--trainer.val_check_interval", "4", "--data.validation", "null"], 0),
+    "steps alone are given": (["--trainer.val_check_interval", "0.75", *STEPS_ALONE], 1),
 }
 
 
@@ -189,7 +195,7 @@ def test_validations_between_steps_are_not_refused(
 ) -> None:
     options, validations = ALLOWED[case]
     epochs = "2" if options[-2:] == ACROSS else "1"
-    folder = fit(tiny_model_path, tiny_data, tmp_path, [*THREE, *options, "--trainer.max_epochs", epochs])
+    folder = fit(tiny_model_path, tiny_data, tmp_path, [*THREE, "--trainer.max_epochs", epochs, *options])
     assert len(steps_of(folder, "val/loss")) == validations
 
 

@@ -173,6 +173,8 @@ def test_a_base_in_files_that_cannot_be_read_in_parts_is_known_again_except_quan
     assert without_weights(config) is None
     found = base_fingerprint(config)
     assert found == base_fingerprint(config, load_model(config)) == sampled_fingerprint(tiny_model().bfloat16())
+    in_float32 = load_model(replace(config, dtype="float32"))
+    assert found == base_fingerprint(config, in_float32) != sampled_fingerprint(in_float32)
     pytest.importorskip("bitsandbytes")
     assert base_fingerprint(replace(config, quantization="nf4")) is None
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint import FileSystemWriter
 
 from experiments.soak.attempts import held_port
-from gamma_po.callbacks.same_checkpoint import SameCheckpoint
 from gamma_po.checkpoints import StraightToFile
 from gamma_po.errors import ConfigError, DataError
+from gamma_po.module import PreferenceModule
 from gamma_po.ranks import Gathered, Local, Ranks, as_one
 from tests.integration.test_interruption import told
 from tests.integration.test_ranks import ROOT
@@ -194,12 +195,12 @@ def test_processes_that_find_different_checkpoints_do_not_start(
     assert torch.load(stopped, weights_only=True)["global_step"] == 2
 
 
-def test_a_checkpoint_replaced_while_the_processes_load_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = SameCheckpoint("last.ckpt (step 8)")
-    monkeypatch.setattr("gamma_po.callbacks.same_checkpoint.current_ranks", lambda: Scripted(0, [b"step 8\x00"]))
-    check.on_load_checkpoint(Trainer(logger=False), LightningModule(), {"global_step": 8})
+def test_a_checkpoint_replaced_while_the_processes_load_it_is_noticed() -> None:
+    module = SimpleNamespace(_trainer=Trainer(logger=False), ranks=Scripted(0, [b"step 8\x00"]))
     with pytest.raises(ConfigError, match="different checkpoints: process 0 step 7; process 1 step 8"):
-        check.on_load_checkpoint(Trainer(logger=False), LightningModule(), {"global_step": 7})
+        PreferenceModule.on_load_checkpoint(module, {"global_step": 7})
+    with pytest.raises(ConfigError, match="format"):  # what is looked at next
+        PreferenceModule.on_load_checkpoint(module, {"global_step": 8})
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step_with_a_checkpoint(

@@ -32,6 +32,7 @@ def test_a_training_that_shares_the_weights_killed_at_random_moments_ends_with_t
 ) -> None:
     options = [*FSDP2, "--trainer.limit_val_batches", "0", "--data.validation", "null", "--data.test", "null"]
     options += ["--checkpoint.every_n_train_steps", "1", "--trainer.accumulate_grad_batches", "3"]
+    options += ["--trainer.max_epochs", "3"]
     how = ["--kills", "2", "--seed", "11", "--processes", "2", "--victims", "either", "--grace", "20"]
     how += ["--after-first-checkpoint", "--mean", "2"]
     figures = soak(tiny_model_path, tiny_data, tmp_path, how, options)

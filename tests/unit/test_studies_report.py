@@ -149,7 +149,7 @@ def test_every_run_records_how_far_the_reference_is_from_half_against_itself() -
         measured(judge, torch.zeros(4, 1, 3), ())
 
 
-GAINS = {  # of the oracle over the base loss, by seed -> whether the check holds
+GAINS = {  # of the oracle over the base loss, by seed -> whether it can be told from 0
     "large": ((0.10, 0.12, 0.11), True),
     "positive on average": ((0.30, -0.05, 0.02), False),
 }
@@ -162,8 +162,7 @@ def test_a_language_study_gives_no_verdict_where_not_even_the_oracle_can_be_told
 ) -> None:
     gains, holds = GAINS[name]
     result = collected(tmp_path, monkeypatch, gains)
-    checks = {text: held for text, held in result.checks if "oracle" in text}
-    assert list(checks.values()) == [holds] and result.passed is holds
+    assert result.passed and not any("oracle" in text for text, _ in result.checks)  # it is a result, not a check
     (said,) = {p.verdict for p in result.pairings if p.arm == "kl" and p.metric == "win_rate_kl0.1"}
     assert said == ("equivalent within ±0.02" if holds else "no verdict: equivalent within ±0.02, and no power to tell")
     assert ("No verdict at flips 0.4 by win_rate_kl0.1" in legend(result)) is not holds
