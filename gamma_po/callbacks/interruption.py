@@ -32,8 +32,7 @@ class StopBetweenSteps(Callback):
     processes it does not count: launchers pass a signal on that a process may have received already.)
 
     In a validation during training it stops after a batch of it, with the state of the step before. A run that goes on
-    from there trains on with the same bits, but is without that validation. (In a validation between the micro-batches
-    of one step it waits for the end of the step.)
+    from there trains on with the same bits, but is without that validation.
 
     Before the first step, while data is read and the reference scored, a signal stops at once: what is on disk then
     is whole and is used by the next run.
