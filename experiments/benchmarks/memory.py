@@ -9,8 +9,9 @@ process) less what was resident when the data had been read and no model was loa
 how much memory is free, so what it estimates is what comes on top.
 
 A CPU's malloc leaves holes in its heap, which no count of tensors can tell. So there each training runs twice, the
-second time with `MALLOC_MMAP_THRESHOLD_=131072`, which leaves none: `allocated` is its peak, beside the estimate
-without the share for holes. It is what a GPU's allocator would be asked for.
+second time while PyTorch's profiler notes what its allocator hands out and takes back, from before the model is loaded:
+`allocated` is the peak of that, beside the estimate without holes and libraries. It is what `max_memory_allocated` is
+on a GPU.
 
 Beside the ratios: `stays`, what is resident after the last step besides weights, gradients and optimizer, when free
 memory has been given back to the system: libraries that were loaded meanwhile. On a CPU the estimate has a constant
@@ -32,14 +33,13 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from unittest import mock
 
 from duel.turns import end, receive, start
 from rich.console import Console
 from rich.table import Table
 
 MIB = 2**20
-NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # blocks from this size on are the system's, and go back to it
+TRAINS, STEPPED = "memory.py: training starts", "memory.py: a step ended"  # marks among the profiler's events
 TOLERANCE = 0.15
 LORA = {"model.lora.r": 16, "model.lora.alpha": 32}
 PRECISIONS = {
@@ -229,6 +229,56 @@ def measure(connection: Connection, words: list[str], threads: int) -> None:
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
 
 
+def allocations(connection: Connection, words: list[str], threads: int) -> None:
+    """In a process: `python -m gamma_po fit`; send the most that PyTorch's allocator had handed out in its steps."""
+    import torch
+    from lightning.pytorch import Callback
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from gamma_po.cli import PreferenceCLI
+
+    class Marking(Callback):
+        """Starts the profiler before the model is loaded."""
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+            self.profiler.start()
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            with record_function(TRAINS):
+                pass
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            with record_function(STEPPED):
+                pass
+
+    torch.set_num_threads(threads)
+    cli, marking = PreferenceCLI(words, run=False), Marking()
+    cli.trainer.callbacks.append(marking)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    marking.profiler.stop()
+    connection.send(most_allocated(marking.profiler.profiler.kineto_results.events()))
+
+
+def most_allocated(events: Any) -> int:
+    """Return the peak of what is allocated, from the start of training to the end of its last step.
+
+    Args:
+        events: of the profiler; those of memory hold the bytes that came, or went (negative).
+    """
+    now = most = 0
+    peak, trains = 0, False
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+        elif event.name() == TRAINS:
+            trains, most = True, now
+        elif event.name() == STEPPED and trains:
+            peak = most
+    return peak
+
+
 class Result(NamedTuple):
     """What was said and what came, bytes."""
 
@@ -237,7 +287,7 @@ class Result(NamedTuple):
     peak: int
     stays: int
     tokens: list[int]
-    allocated: int  # the peak of a training whose heap has no holes
+    allocated: int  # the peak of what PyTorch's allocator had handed out
 
     @property
     def ratio(self) -> float:
@@ -246,30 +296,23 @@ class Result(NamedTuple):
 
     @property
     def ratio_allocated(self) -> float:
-        """The same without holes: estimated is what is counted, and on a CPU the libraries."""
-        from gamma_po.inspection.cost import LIBRARIES
-
-        counted = sum(self.estimate.values()) - self.estimate["around"]
-        return (counted + (LIBRARIES if self.estimate["around"] else 0)) / self.allocated
+        """The same for what is allocated: without holes and libraries."""
+        return (sum(self.estimate.values()) - self.estimate["around"]) / self.allocated
 
 
 def compare(setting: Setting, point: Point, logs: Path) -> Result:
-    """Ask `inspect`, then train; on a CPU a second time, without holes."""
+    """Ask `inspect`, then train; on a CPU a second time, beside the profiler."""
     words, label = options(setting, point), point.name.replace(", ", "-").replace(" ", "_")
 
-    def run(name: str, target: Any, **environment: str) -> Any:
+    def run(name: str, target: Any) -> Any:
         log = logs / f"{label}-{name.replace(' ', '_')}.log"
-        with mock.patch.dict(os.environ, environment):  # malloc reads it when a process starts
-            process, connection = start(target, (words, setting.threads), log)
+        process, connection = start(target, (words, setting.threads), log)
         answer = receive(process, connection, f"{point.name}, {name}", log)
         end(process)
         return answer
 
     said, took = run("inspect", estimate), run("fit", measure)
-    on_cpu = said["around"] > 0
-    return Result(
-        point, said, **took, allocated=run("fit without holes", measure, **NO_HOLES)["peak"] if on_cpu else took["peak"]
-    )
+    return Result(point, said, **took, allocated=run("allocations", allocations) if said["around"] else took["peak"])
 
 
 def table(results: list[Result]) -> Table:

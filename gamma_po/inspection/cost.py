@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from gamma_po.types import ModelInput
 LIBRARIES = 90 * 2**20  # loaded by `fit` after its start, on a CPU; measured by experiments/benchmarks/memory.py
 # Of what a step makes and drops: holes in a CPU's heap. Measured, 0.03 to 1.7; no law was found, this is in between.
 HELD_BACK = 0.25
-PROBE = 64  # rows and columns of the parameter on which an optimizer's state is measured
+PROBE = 64  # rows and columns of the parameter on which an optimizer's state is measured, and of the largest for a step
 CGROUP = Path("/sys/fs/cgroup")
 SHARED = ("weights", "reference", "gradients", "optimizer")  # divided by FSDP1 and FSDP2
 
@@ -85,31 +86,37 @@ def optimizer_bytes(factory: Callable[[list[Tensor]], Optimizer], trainable: Seq
 
 
 def optimizer_step_bytes(factory: Callable[[list[Tensor]], Optimizer], trainable: Sequence[nn.Parameter]) -> int:
-    """Bytes that an optimizer's step makes and drops again: counted on one and on two small matrices.
+    """Bytes that an optimizer's step makes and drops again: counted on parameters of the same proportions, scaled.
 
-    Some optimizers go through the parameters one by one (what counts is the largest), some take all at once.
+    Some optimizers take all parameters at once; others go through them one by one, and let go of what one needed only
+    while they are at the next. So the sizes matter, and their order.
     """
     if not trainable:
         return 0
-    one, two = (_step_bytes(factory, trainable[0], number) / PROBE**2 for number in (1, 2))
-    of_all = two - one
-    numbers = [parameter.numel() for parameter in trainable]
-    return int(of_all * sum(numbers) + (one - of_all) * max(numbers))
-
-
-def _step_bytes(factory: Callable[[list[Tensor]], Optimizer], like: nn.Parameter, number: int) -> int:
-    probes = [_probe(like) for _ in range(number)]
+    probes = _in_proportion(trainable)
     optimizer = factory(probes)
     optimizer.step()  # makes the state
     with LiveBytes() as live:
         optimizer.step()
-    return live.mark()
+    return int(live.mark() * sum(p.nbytes for p in trainable) / sum(p.nbytes for p in probes))
 
 
-def _probe(like: nn.Parameter) -> nn.Parameter:
+def _in_proportion(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Parameters with gradients, each by the same factor smaller, so that the largest has at most PROBE² numbers."""
+    scale = min(1.0, PROBE / math.sqrt(max(parameter.numel() for parameter in parameters)))
+    probes: list[Tensor] = []
+    for parameter in parameters:
+        rows = parameter.shape[0] if parameter.ndim > 1 else 1
+        columns = parameter.numel() // rows
+        by = (scale, scale) if parameter.ndim > 1 else (1.0, scale**2)
+        probes.append(_probe(parameter, *(max(1, round(n * s)) for n, s in zip((rows, columns), by, strict=True))))
+    return probes
+
+
+def _probe(like: nn.Parameter, rows: int = PROBE, columns: int = PROBE) -> nn.Parameter:
     """A small matrix with a gradient, of the same dtype and device; on the CPU where there are only shapes."""
     device = "cpu" if like.is_meta else like.device
-    probe = nn.Parameter(torch.zeros(PROBE, PROBE, dtype=like.dtype, device=device))
+    probe = nn.Parameter(torch.zeros(rows, columns, dtype=like.dtype, device=device))
     probe.grad = torch.ones_like(probe)
     return probe
 

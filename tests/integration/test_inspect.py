@@ -199,6 +199,25 @@ def test_what_an_optimizer_makes_and_drops_in_a_step_is_counted(foreach: bool, e
     assert optimizer_step_bytes(lambda p: torch.optim.SGD(p, lr=1.0, foreach=False), parameters) == 0
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("shapes", [[(900, 300), *[(200, 300)] * 9, (300,)], [*[(300, 200)] * 9, (300,), (900, 300)]])
+def test_what_a_step_of_many_parameters_makes_is_counted_on_small_ones(
+    shapes: list[tuple[int, ...]], foreach: bool
+) -> None:
+    def factory(of: list[torch.Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(of, foreach=foreach)
+
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    found = optimizer_step_bytes(factory, parameters)
+    optimizer = factory(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with LiveBytes() as live:
+        optimizer.step()
+    assert found == pytest.approx(live.mark(), rel=0.05)
+
+
 LONG = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 192}
 
 
