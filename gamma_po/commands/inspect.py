@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from rich.console import Console
+from torch import nn
 
 from gamma_po.callbacks.samples import Samples
 from gamma_po.cli import PreferenceCLI
@@ -55,6 +57,9 @@ from gamma_po.inspection.sharded import (
     without_weights,
 )
 from gamma_po.inspection.show import duration, facts_table, pair_table
+from gamma_po.optimizers import check_optimizer
+from gamma_po.policies import DTYPES
+from gamma_po.reference import CASTS
 
 REFUSED = 1
 
@@ -140,6 +145,7 @@ def inspect_run(cli: PreferenceCLI, console: Console) -> list[Finding]:
     options: InspectOptions = cli._get(cli.config_init, "inspect")
     module, datamodule, trainer = cli.model, cli.datamodule, cli.trainer
     check_strategy(module, trainer)
+    check_optimizer_of(module, trainer)
     console.print(facts_table("the loss", loss_rows(module)))
     total = read_data(datamodule, module, trainer, options)
     for callback in trainer.callbacks:
@@ -180,6 +186,19 @@ def check_strategy(module: Any, trainer: Trainer) -> None:
     module.check_sharding(processes=processes, tensor_parallel=tensor)
     allowed = f"{processes}, the number of all processes"
     require(data == processes, "trainer.strategy.data_parallel_size", data, allowed)
+
+
+def check_optimizer_of(module: Any, trainer: Trainer) -> None:
+    """Refuse an optimizer that the run would refuse for its weights, with one weight of their dtype in their place.
+
+    Raises:
+        ConfigError: it cannot train them.
+    """
+    strategy, precision = trainer.strategy, trainer.precision
+    stored = torch.float32 if module.lora is not None else DTYPES[module.policy_config.dtype]  # peft's adapters
+    weight = nn.Parameter(torch.zeros(2, 2, dtype=CASTS.get(precision, stored)))
+    shared_by = type(strategy).__name__ if isinstance(strategy, ModelParallelStrategy | FSDPStrategy) else None
+    check_optimizer(module.optimizer_factory([weight]), precision=precision, shared_by=shared_by)
 
 
 def sharing_processes(trainer: Trainer) -> int:
@@ -253,8 +272,8 @@ def show_arithmetic(
 def judge_memory(memory: Memory, module: Any, batch_size: int, free: int, shared_by: int) -> list[Finding]:
     """Compare the memory of one process with what is free."""
     checkpointing, lora = bool(module.gradient_checkpointing), module.lora is not None
-    given = {"lora": lora, "checkpointing": checkpointing, "batch_size": batch_size, "shared_by": shared_by}
-    return memory_findings(memory.total, free, **given)
+    given = {"lora": lora, "checkpointing": checkpointing, "batch_size": batch_size}
+    return memory_findings(memory.total, free, holes=memory.holes, shared_by=shared_by, **given)
 
 
 def read_data(datamodule: Any, module: Any, trainer: Trainer, options: InspectOptions) -> int:

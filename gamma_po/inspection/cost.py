@@ -18,8 +18,6 @@ from gamma_po.logps import CHUNK_ELEMENTS
 from gamma_po.types import ModelInput
 
 LIBRARIES = 90 * 2**20  # loaded by `fit` after its start, on a CPU; measured by experiments/benchmarks/memory.py
-# Of what a step makes and drops: holes in a CPU's heap. Measured, 0.03 to 1.7; no law was found, this is in between.
-HELD_BACK = 0.25
 PROBE = 64  # rows and columns of the parameter on which an optimizer's state is measured, and of the largest for a step
 CGROUP = Path("/sys/fs/cgroup")
 SHARED = ("weights", "reference", "gradients", "optimizer")  # divided by FSDP1 and FSDP2
@@ -49,14 +47,15 @@ class Memory(NamedTuple):
     optimizer: int  # its state
     activations: int  # what the step makes and drops again, as far as it is there at this moment
     head: int  # one chunk of logits and their gradient, where they are not counted with the activations
-    around: int  # on a CPU, what malloc holds back and the libraries that a run loads: `around_bytes`
+    libraries: int  # that a run loads, on a CPU; a GPU's context is there before free memory is looked at
     gathered: int = 0  # weights of the other processes, where these share them
     undivided: int = 0  # gradients that are not shared yet, where processes share them
+    holes: int = 0  # what a CPU's malloc may hold back, at most: `holes_bytes`
 
     @property
     def total(self) -> int:
-        """The sum."""
-        return sum(self)
+        """What is needed, holes aside."""
+        return sum(self) - self.holes
 
     def shared(self, share: Share) -> Memory:
         """Return what a process holds if several share weights, reference, gradients and optimizer.
@@ -129,9 +128,6 @@ def at_peak(
     Activations and gradients are not all there at one time: the backward pass drops the ones and makes the others,
     and the optimizer comes behind it. In the forward pass the gradients of the step before are still there.
 
-    A CPU's malloc keeps blocks of less than 32 MiB for the process when they are dropped. So there the process is taken
-    to grow to all gradients and, beside them, the most of the rest.
-
     Args:
         held: what stays, with all gradients.
         counted: of the micro-batch.
@@ -146,11 +142,9 @@ def at_peak(
     for most, arrived in zip(counted.most[1:], counted.arrived[1:], strict=True):
         moments.append((there + arrived, most - arrived, share.undivided))
     gradients, passing, undivided = max(moments, key=lambda moment: moment[0] * share.gradients + sum(moment[1:]))
-    around = around_bytes(passing, device)
-    if device.type == "cpu":
-        apart = max(step, *(most - arrived for most, arrived in zip(counted.most, counted.arrived, strict=True)))
-        around = around_bytes(apart, device) + round((held.gradients - gradients) * share.gradients) + apart - passing
-    return held._replace(gradients=gradients, activations=passing, around=around, undivided=undivided)
+    apart = max(step, *(most - arrived for most, arrived in zip(counted.most, counted.arrived, strict=True)))
+    holes = holes_bytes(apart, round(held.gradients * share.gradients), device)
+    return held._replace(gradients=gradients, activations=passing, undivided=undivided, holes=holes)
 
 
 def head_bytes(model_input: ModelInput, num_pairs: int, vocab_size: int, itemsize: int) -> int:
@@ -166,17 +160,23 @@ def head_bytes(model_input: ModelInput, num_pairs: int, vocab_size: int, itemsiz
     return min(max(elements, vocab_size), num_pairs * len(model_input.targets) * vocab_size) * 2 * (itemsize + 4)
 
 
-def around_bytes(passing: int, device: torch.device) -> int:
-    """Bytes that a process takes beside what a step needs: libraries, and holes between blocks, on a CPU.
+def library_bytes(device: torch.device) -> int:
+    """Bytes of the libraries that a run loads after its start: on a CPU a constant, as measured."""
+    return LIBRARIES if device.type == "cpu" else 0
 
-    With `MALLOC_MMAP_THRESHOLD_=131072` in the environment there are no holes. On a GPU what is counted is what is
-    allocated; the context is there before free memory is looked at, and the allocator's holes are not counted.
+
+def holes_bytes(passing: int, gradients: int, device: torch.device) -> int:
+    """Bytes that a CPU's malloc holds back at most, in holes between blocks.
+
+    It keeps blocks of less than 32 MiB for the process when they are dropped, and what comes next seldom fits into
+    their places.
 
     Args:
-        passing: what a step makes and drops.
+        passing: what a step makes and drops, gradients aside.
+        gradients: that each step makes and drops.
         device: of the run.
     """
-    return int(HELD_BACK * passing) + LIBRARIES if device.type == "cpu" else 0
+    return passing + gradients if device.type == "cpu" else 0
 
 
 def timed(step: Callable[[], object], device: torch.device, *, seconds: float, most: int) -> float:

@@ -19,8 +19,8 @@ from gamma_po.inspection.cost import (
     WHOLE,
     Memory,
     Share,
-    around_bytes,
     at_peak,
+    library_bytes,
     optimizer_bytes,
     optimizer_step_bytes,
     parameter_bytes,
@@ -187,7 +187,7 @@ class DryRun:
             optimizer=optimizer_bytes(module.optimizer_factory, self.trainable),
             activations=0,
             head=0,
-            around=around_bytes(0, self.device),
+            libraries=library_bytes(self.device),
         )
 
     def _count(self, rows: Sequence[int], accumulates: bool) -> Counted:
@@ -227,21 +227,24 @@ class DryRun:
 
 
 def memory_findings(
-    needed: int, free: int, *, lora: bool, checkpointing: bool, batch_size: int, shared_by: int = 1
+    needed: int, free: int, *, lora: bool, checkpointing: bool, batch_size: int, holes: int = 0, shared_by: int = 1
 ) -> list[Finding]:
     """Compare the estimate with what the device has.
 
     Args:
         needed: bytes at the peak.
         free: bytes, before anything was loaded.
+        holes: bytes that a CPU's malloc may hold back besides.
         lora: adapters are trained.
         checkpointing: activations are recomputed.
         batch_size: pairs per micro-batch.
         shared_by: processes that share the weights; then the bytes are those of each.
     """
-    if needed <= TIGHT * free:
+    if needed + holes <= TIGHT * free:
         return []
     changes = []
+    if holes:
+        changes.append("MALLOC_MMAP_THRESHOLD_=131072 in the environment (no holes in the heap, but slower)")
     if not checkpointing:
         changes.append("model.gradient_checkpointing: true")
     if batch_size > 1:
@@ -253,5 +256,6 @@ def memory_findings(
     each = "" if shared_by == 1 else f" in each of {shared_by} processes"
     if shared_by > 1:
         changes.append("more GPUs")
-    problem = f"a training step needs about {size(needed)}{each}, and {size(free)} are free"
+    more = f" (with holes in the heap up to {size(needed + holes)})" if holes else ""
+    problem = f"a training step needs about {size(needed)}{each}{more}, and {size(free)} are free"
     return [Finding(level, problem, "; ".join(changes))]

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from gamma_po.inspection.cost import Memory, Share, around_bytes, head_bytes, optimizer_bytes, parameter_bytes
+from gamma_po.inspection.cost import (
+    Memory,
+    Share,
+    head_bytes,
+    holes_bytes,
+    library_bytes,
+    optimizer_bytes,
+    parameter_bytes,
+)
 from gamma_po.policies import attach_lora, load_parts
 from gamma_po.scorer import CompletionScorer
 from gamma_po.sharding import POLICIES, transformer_blocks
@@ -123,7 +131,7 @@ def computed_memory(module: Any, copy: nn.Module | None, batch: PreferenceBatch,
     parameters = list(module.policy.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     config = module.policy.model.config.get_text_config()
-    itemsize = _itemsize(parameters[0], module.trainer.precision)
+    itemsize, device = _itemsize(parameters[0], module.trainer.precision), batch.weight.device
     tokens = batch_size * sum(rows.input_ids.numel() for rows in batch.model_inputs)
     inputs = config.hidden_size * config.num_hidden_layers * itemsize * tokens
     head = head_bytes(batch.model_inputs[0], batch_size, config.vocab_size, itemsize)
@@ -134,7 +142,8 @@ def computed_memory(module: Any, copy: nn.Module | None, batch: PreferenceBatch,
         optimizer=optimizer_bytes(module.optimizer_factory, trainable),
         activations=inputs,
         head=head,
-        around=around_bytes(inputs + head, batch.weight.device),
+        libraries=library_bytes(device),
+        holes=holes_bytes(inputs + head, parameter_bytes(trainable), device),
     )
 
 
