@@ -9,9 +9,9 @@ process) less what was resident when the data had been read and no model was loa
 how much memory is free, so what it estimates is what comes on top.
 
 A CPU's malloc leaves holes in its heap, which no count of tensors can tell. So there each training runs twice, the
-second time while PyTorch's profiler notes what its allocator hands out and takes back, from before the model is loaded:
-`allocated` is the peak of that, and weights that stay in their file, mapped; beside it, the estimate without libraries.
-It is what `max_memory_allocated` is on a GPU. `holes` is what `inspect` takes for the most that malloc holds back.
+second time while PyTorch's profiler notes what its allocator hands out and takes back: `allocated` is the peak of that
+and the weights that were there before; beside it, the estimate without libraries. It is what `max_memory_allocated` is
+on a GPU. `holes` is what `inspect` takes for the most that malloc holds back.
 
 Beside the ratios: `stays`, what is resident after the last step besides weights, gradients and optimizer, when free
 memory has been given back to the system: libraries that were loaded meanwhile. On a CPU the estimate has a constant
@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 MIB = 2**20
-TRAINS, STEPPED = "memory.py: training starts", "memory.py: a step ended"  # marks among the profiler's events
+STEPPED = "memory.py: a step ended"  # marks the profiler's events
 TOLERANCE = 0.15
 LORA = {"model.lora.r": 16, "model.lora.alpha": 32}
 PRECISIONS = {
@@ -238,17 +238,14 @@ def allocations(connection: Connection, words: list[str], threads: int) -> None:
     from gamma_po.cli import PreferenceCLI
 
     class Marking(Callback):
-        """Starts the profiler before the model is loaded."""
-
-        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
-            self.profiler.start()
+        """Starts the profiler before the first step, when there are weights only."""
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            in_files = [p for p in pl_module.parameters() if p.untyped_storage().filename is not None]
-            self.mapped = sum({p.data_ptr(): p.nbytes for p in in_files}.values())
-            with record_function(TRAINS):
-                pass
+            copy = getattr(pl_module.reference, "copy", None)
+            parameters = [*pl_module.parameters(), *([] if copy is None else copy.parameters())]
+            self.weights = sum({parameter.data_ptr(): parameter.nbytes for parameter in parameters}.values())
+            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+            self.profiler.start()
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             with record_function(STEPPED):
@@ -259,24 +256,21 @@ def allocations(connection: Connection, words: list[str], threads: int) -> None:
     cli.trainer.callbacks.append(marking)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     marking.profiler.stop()
-    connection.send(marking.mapped + most_allocated(marking.profiler.profiler.kineto_results.events()))
+    connection.send(marking.weights + most_allocated(marking.profiler.profiler.kineto_results.events()))
 
 
 def most_allocated(events: Any) -> int:
-    """Return the peak of what is allocated, from the start of training to the end of its last step.
+    """Return the peak of what is allocated, up to the end of the last step.
 
     Args:
         events: of the profiler; those of memory hold the bytes that came, or went (negative).
     """
-    now = most = 0
-    peak, trains = 0, False
+    now = most = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-        elif event.name() == TRAINS:
-            trains, most = True, now
-        elif event.name() == STEPPED and trains:
+        elif event.name() == STEPPED:
             peak = most
     return peak
 
