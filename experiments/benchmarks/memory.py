@@ -181,7 +181,7 @@ def estimate(connection: Connection, words: list[str], threads: int) -> None:
 
     def told(*arguments: Any, **named: Any) -> Any:
         estimated = memory(*arguments, **named)
-        connection.send(estimated._asdict())
+        connection.send(estimated._asdict() | {"holes": estimated.holes})
         return estimated
 
     DryRun.memory = told

@@ -18,6 +18,7 @@ from gamma_po.logps import CHUNK_ELEMENTS
 from gamma_po.types import ModelInput
 
 LIBRARIES = 90 * 2**20  # loaded by `fit` after its start, on a CPU; measured by experiments/benchmarks/memory.py
+HOLES = 0.95  # of all that is needed: 0.02 to 0.91 were measured there, and no law was found
 PROBE = 64  # rows and columns of the parameter on which an optimizer's state is measured, and of the largest for a step
 CGROUP = Path("/sys/fs/cgroup")
 SHARED = ("weights", "reference", "gradients", "optimizer")  # divided by FSDP1 and FSDP2
@@ -50,12 +51,16 @@ class Memory(NamedTuple):
     libraries: int  # that a run loads, on a CPU; a GPU's context is there before free memory is looked at
     gathered: int = 0  # weights of the other processes, where these share them
     undivided: int = 0  # gradients that are not shared yet, where processes share them
-    holes: int = 0  # what a CPU's malloc may hold back, at most: `holes_bytes`
 
     @property
     def total(self) -> int:
-        """What is needed, holes aside."""
-        return sum(self) - self.holes
+        """The sum."""
+        return sum(self)
+
+    @property
+    def holes(self) -> int:
+        """What a CPU's malloc may hold back besides: blocks of less than 32 MiB, dropped where nothing new fits."""
+        return round(HOLES * self.total) if self.libraries else 0
 
     def shared(self, share: Share) -> Memory:
         """Return what a process holds if several share weights, reference, gradients and optimizer.
@@ -120,9 +125,7 @@ def _probe(like: nn.Parameter, rows: int = PROBE, columns: int = PROBE) -> nn.Pa
     return probe
 
 
-def at_peak(
-    held: Memory, counted: Counted, step: int, *, accumulates: bool, device: torch.device, share: Share = WHOLE
-) -> Memory:
+def at_peak(held: Memory, counted: Counted, step: int, *, accumulates: bool, share: Share = WHOLE) -> Memory:
     """Return what is held at the moment of a step at which it is most, before what is shared is divided.
 
     Activations and gradients are not all there at one time: the backward pass drops the ones and makes the others,
@@ -133,7 +136,6 @@ def at_peak(
         counted: of the micro-batch.
         step: that the optimizer's step makes and drops.
         accumulates: a step has several micro-batches, so that gradients are there throughout.
-        device: of the run.
         share: of a process, which decides about the moment.
     """
     step = round(step * share.optimizer)
@@ -142,9 +144,7 @@ def at_peak(
     for most, arrived in zip(counted.most[1:], counted.arrived[1:], strict=True):
         moments.append((there + arrived, most - arrived, share.undivided))
     gradients, passing, undivided = max(moments, key=lambda moment: moment[0] * share.gradients + sum(moment[1:]))
-    apart = max(step, *(most - arrived for most, arrived in zip(counted.most, counted.arrived, strict=True)))
-    holes = holes_bytes(apart, round(held.gradients * share.gradients), device)
-    return held._replace(gradients=gradients, activations=passing, undivided=undivided, holes=holes)
+    return held._replace(gradients=gradients, activations=passing, undivided=undivided)
 
 
 def head_bytes(model_input: ModelInput, num_pairs: int, vocab_size: int, itemsize: int) -> int:
@@ -163,20 +163,6 @@ def head_bytes(model_input: ModelInput, num_pairs: int, vocab_size: int, itemsiz
 def library_bytes(device: torch.device) -> int:
     """Bytes of the libraries that a run loads after its start: on a CPU a constant, as measured."""
     return LIBRARIES if device.type == "cpu" else 0
-
-
-def holes_bytes(passing: int, gradients: int, device: torch.device) -> int:
-    """Bytes that a CPU's malloc holds back at most, in holes between blocks.
-
-    It keeps blocks of less than 32 MiB for the process when they are dropped, and what comes next seldom fits into
-    their places.
-
-    Args:
-        passing: what a step makes and drops, gradients aside.
-        gradients: that each step makes and drops.
-        device: of the run.
-    """
-    return passing + gradients if device.type == "cpu" else 0
 
 
 def timed(step: Callable[[], object], device: torch.device, *, seconds: float, most: int) -> float:

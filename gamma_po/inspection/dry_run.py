@@ -127,10 +127,11 @@ class DryRun:
 
         What processes share is not divided yet (`Memory.shared`).
 
-        A step of the shortest pair and one of the longest are run and counted; what they need beyond what stays the
-        same goes with the tokens. Where the largest micro-batch takes the head in several chunks, the steps that are
-        counted do so, too. Where it is plain beforehand that a step will not fit, it is not tried: then the activations
-        are extended from short pairs, or left out where even without them too little is free.
+        A step of the shortest pair and one of the longest (twice, where it is not much longer) are run and counted;
+        what they need beyond what stays the same goes with the tokens. Where the largest micro-batch takes the head in
+        several chunks, the steps that are counted do so, too. Where it is plain beforehand that a step will not fit, it
+        is not tried: then the activations are extended from short pairs, or left out where even without them too little
+        is free.
 
         Args:
             planned: the run's micro-batches.
@@ -146,35 +147,37 @@ class DryRun:
         accumulates = planned.accumulate > 1
         one, other = (self._count(rows, accumulates) for rows in (short, 2 * short))
         room = free - held.total
-        if max(one.at(costs.total(long), other).most) < room and costs.total(long) > other.tokens:
-            other = self._count(long, accumulates)
-            one, other = self._in_chunks(one, other, long, most, room, accumulates)
+        rows = long if costs.total(long) > other.tokens else 2 * long
+        if max(one.at(costs.total(rows), other).most) < room:
+            other = self._count(rows, accumulates)
+            one, other = self._in_chunks(one, other, long, costs.total(long), most, room, accumulates)
         counted = one.at(most, other)
         step = optimizer_step_bytes(self.module.optimizer_factory, self.trainable)
-        return at_peak(held, counted, step, accumulates=accumulates, device=self.device, share=share)
+        return at_peak(held, counted, step, accumulates=accumulates, share=share)
 
     def _in_chunks(
-        self, one: Counted, long: Counted, row: list[int], most: int, room: int, accumulates: bool
+        self, one: Counted, other: Counted, row: list[int], tokens: int, most: int, room: int, accumulates: bool
     ) -> tuple[Counted, Counted]:
         """Count two micro-batches that fill a chunk of the head, where the largest one does; else return the given.
 
         Until a chunk is full, what the head takes grows with the completions; from then on it stays as it is.
 
         Args:
-            one: counted with less than the longest pair.
-            long: counted with the longest pair.
-            row: of that pair.
+            one: counted on few tokens.
+            other: counted on more.
+            row: of the longest pair.
+            tokens: of that pair.
             most: tokens of the largest micro-batch.
             room: bytes for what a step makes.
             accumulates: as in `_count`.
         """
         pair, config = self.dataset.pairs[row[0]], self.module.policy.model.config.get_text_config()
         filled_by = -(-chunk_length(config.vocab_size, self.device) // (len(pair.chosen) + len(pair.rejected)))
-        beyond, limit = (filled_by + 1) * long.tokens, self.datamodule.max_tokens_per_forward
-        needed = max(one.at(beyond, long).most)
-        if most < filled_by * long.tokens or needed > room or (limit is not None and beyond > limit):
-            return one, long
-        full = long if filled_by == 1 else self._count(filled_by * row, accumulates)
+        beyond, limit = (filled_by + 1) * tokens, self.datamodule.max_tokens_per_forward
+        needed = max(one.at(beyond, other).most)
+        if most < filled_by * tokens or needed > room or (limit is not None and beyond > limit):
+            return one, other
+        full = other if other.tokens == filled_by * tokens else self._count(filled_by * row, accumulates)
         return full, self._count((filled_by + 1) * row, accumulates)
 
     def _held(self) -> Memory:

@@ -200,6 +200,6 @@ def time_rows(planned: Plan, batch_size: int, step: float | None, per_pair: floa
 
 def memory_rows(memory: Memory, free: int) -> list[tuple[str, str]]:
     """Return what holds how much, and what there is."""
-    parts = [(name, size(number)) for name, number in memory._replace(holes=0)._asdict().items() if number]
+    parts = [(name, size(number)) for name, number in memory._asdict().items() if number]
     holes = [("holes in the heap, besides", f"up to {size(memory.holes)}")] if memory.holes else []
     return [*parts, ("together", size(memory.total)), *holes, ("free on this machine", size(free))]

@@ -12,7 +12,6 @@ from gamma_po.inspection.cost import (
     Memory,
     Share,
     head_bytes,
-    holes_bytes,
     library_bytes,
     optimizer_bytes,
     parameter_bytes,
@@ -131,7 +130,7 @@ def computed_memory(module: Any, copy: nn.Module | None, batch: PreferenceBatch,
     parameters = list(module.policy.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     config = module.policy.model.config.get_text_config()
-    itemsize, device = _itemsize(parameters[0], module.trainer.precision), batch.weight.device
+    itemsize = _itemsize(parameters[0], module.trainer.precision)
     tokens = batch_size * sum(rows.input_ids.numel() for rows in batch.model_inputs)
     inputs = config.hidden_size * config.num_hidden_layers * itemsize * tokens
     head = head_bytes(batch.model_inputs[0], batch_size, config.vocab_size, itemsize)
@@ -142,8 +141,7 @@ def computed_memory(module: Any, copy: nn.Module | None, batch: PreferenceBatch,
         optimizer=optimizer_bytes(module.optimizer_factory, trainable),
         activations=inputs,
         head=head,
-        libraries=library_bytes(device),
-        holes=holes_bytes(inputs + head, parameter_bytes(trainable), device),
+        libraries=library_bytes(batch.weight.device),
     )
 
 

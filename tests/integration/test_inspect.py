@@ -302,7 +302,7 @@ def test_what_is_alive_behind_the_forward_pass_is_what_autograd_keeps(
 
 def test_at_the_peak_activations_gradients_and_the_optimizers_own_are_not_all_there() -> None:
     held = Memory(weights=1000, reference=0, gradients=100, optimizer=200, activations=0, head=0, libraries=0)
-    given = {"accumulates": False, "device": torch.device("meta")}
+    given = {"accumulates": False}
 
     def peak(most: tuple[int, ...], arrived: tuple[int, ...], step: int = 0, **changed: object) -> tuple[int, int]:
         found = at_peak(held, Counted(1, most, arrived), step, **(given | changed))
@@ -322,18 +322,13 @@ def test_at_the_peak_activations_gradients_and_the_optimizers_own_are_not_all_th
     assert peak((590, 400, 500, 100), (0, 0, 40, 100), share=tenth._replace(undivided=200)) == (40, 460)
 
 
-def test_on_a_cpu_all_that_a_step_makes_and_drops_may_leave_holes_which_are_not_in_the_sum() -> None:
-    held = Memory(weights=1000, reference=0, gradients=100, optimizer=200, activations=0, head=0, libraries=0)
-    cpu = torch.device("cpu")
-    counted = Counted(1, (500, 650, 300, 100), (0, 0, 40, 100))
-    found = at_peak(held, counted, 0, accumulates=False, device=cpu)
-    assert (found.gradients, found.activations) == (0, 650)
-    assert found.total == 1000 + 200 + 650
-    assert found.holes == 650 + 100
-    assert at_peak(held, counted, 900, accumulates=False, device=cpu).holes == 900 + 100
-    gpu = torch.device("cuda")
-    assert at_peak(held, counted, 0, accumulates=False, device=gpu).holes == 0
-    assert (library_bytes(cpu) > 0, library_bytes(gpu)) == (True, 0)
+def test_holes_are_a_bound_beside_the_sum_and_only_on_a_cpu() -> None:
+    needed = {"weights": 1000, "reference": 0, "gradients": 100, "optimizer": 200, "activations": 650, "head": 0}
+    of_cpu, of_gpu = (library_bytes(torch.device(name)) for name in ("cpu", "cuda"))
+    assert of_gpu == 0 and Memory(**needed, libraries=of_gpu).holes == 0
+    found = Memory(**needed, libraries=of_cpu)
+    assert found.total == 1950 + of_cpu
+    assert 0.91 * found.total < found.holes < found.total  # the most that experiments/LOG.md has
 
 
 @pytest.mark.parametrize("options", [[], ["--data.layout", "shared_prefix"], ["--data.length_window", "2"]])
@@ -369,13 +364,22 @@ def test_a_step_that_cannot_fit_is_not_tried(
     assert len(tried) == 3
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("pairs_that_fill_a_chunk", [1, 3, 100])
 def test_the_head_takes_no_more_from_the_first_full_chunk_on(
-    pairs_that_fill_a_chunk: int, longer: tuple[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pairs_that_fill_a_chunk: int,
+    alike: bool,
+    longer: tuple[str, dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    dry, planned = dry_run(*longer, tmp_path, ["--data.batch_size", "6", "--data.layout", "packed"])
+    model, data = longer
+    if alike:  # then two of the shortest pairs have more tokens than the longest
+        data = data | {"train": str(write_rows(tmp_path / "alike.jsonl", tiny_rows(24)))}
+    dry, planned = dry_run(model, data, tmp_path, ["--data.batch_size", "6", "--data.layout", "packed"])
     costs, pairs = TokenCosts.of(dry.dataset.pairs, "packed"), dry.dataset.pairs
     shortest, *_, longest = sorted(range(len(pairs)), key=costs.widths.__getitem__)
+    assert (2 * costs.widths[shortest] >= costs.widths[longest]) is alike
     chunk = pairs_that_fill_a_chunk * (len(pairs[longest].chosen) + len(pairs[longest].rejected)) - 1
 
     def law(_: DryRun, rows: list[int], accumulates: bool) -> Counted:
@@ -389,7 +393,7 @@ def test_the_head_takes_no_more_from_the_first_full_chunk_on(
     if pairs_that_fill_a_chunk < 6:
         assert found == pytest.approx(100 * most + 10_000 * chunk, abs=2)  # whole bytes
     else:  # no chunk is ever full: both grow with the tokens
-        short, long = (law(dry, [row], False) for row in (shortest, longest))
+        short, long = (law(dry, rows, False) for rows in ([shortest], [longest] * (2 if alike else 1)))
         slope = (long.most[0] - short.most[0]) / (long.tokens - short.tokens)
         assert found == pytest.approx(long.most[0] + slope * (most - long.tokens), abs=2)
 
