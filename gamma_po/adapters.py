@@ -25,7 +25,7 @@ DESCRIPTION, WEIGHTS, START = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "gamma_po.json"  # beside an exported adapter: what it was trained on and against
 SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")  # by what its update is multiplied
 LORA_KEY = "lora_"  # in the names of an adapter's own weights
-HUB_FILES = [DESCRIPTION, WEIGHTS, f"{START}/*", "tokenizer*", "special_tokens_map.json", "chat_template*"]
+HUB_FILES = [DESCRIPTION, WEIGHTS, RECORD, f"{START}/*", "tokenizer*", "special_tokens_map.json", "chat_template*"]
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 
 

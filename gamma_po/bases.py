@@ -42,8 +42,17 @@ def base_fingerprint(config: ModelConfig, model: PreTrainedModel | None = None) 
     return found._replace(weights=hashlib.sha256(both.encode()).hexdigest())
 
 
+AS_BASE = "named as `base` beside the path (e.g. --policy.base) where it lies elsewhere now"
+
+
 def check_base(
-    config: ModelConfig, model: PreTrainedModel, trained_dtype: str, saved: Fingerprint | None, place: str
+    config: ModelConfig,
+    model: PreTrainedModel | None,
+    trained_dtype: str,
+    saved: Fingerprint | None,
+    place: str,
+    *,
+    named: str = AS_BASE,
 ) -> None:
     """Refuse to put trained adapters on another base than theirs.
 
@@ -51,11 +60,12 @@ def check_base(
 
     Args:
         config: of the base as it is loaded here.
-        model: that base.
+        model: that base, where it is in memory.
         trained_dtype: that of the weights in training.
         saved: the fingerprint of the base in training; None where it is not known (older checkpoints and adapters, and
             see `base_fingerprint`): then any base is taken.
         place: of the checkpoint or the adapter.
+        named: how the user says which base it is, for the error.
 
     Raises:
         ConfigError: it is another one.
@@ -68,5 +78,5 @@ def check_base(
     if different is not None:
         raise ConfigError(
             f"{place} was written with a base of {different}; the base here is {config.path!r}; allowed: the model "
-            "that it was trained on, named as `base` beside the path (e.g. --policy.base) where it lies elsewhere now"
+            f"that it was trained on, {named}"
         )

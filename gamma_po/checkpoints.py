@@ -6,9 +6,9 @@ A checkpoint is written beside its place and renamed, so that under its name the
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable, Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import Tensor
 
 from gamma_po.errors import ConfigError
+from gamma_po.files import abandoned, being_written, remove
 from gamma_po.flat_sharding import WRAPPER, named_state
 from gamma_po.losses import Loss
 from gamma_po.margins import KLPool, KLSolver, Margin
@@ -79,21 +80,31 @@ class StraightToFile(TorchCheckpointIO):
         """Remove a file or a folder of shards, of which half would be left under its name by a process killed here."""
         path, removing = Path(path), Path(f"{path}{REMOVING}")
         if path.exists():
-            _remove(removing)
+            remove(removing)
             path.rename(removing)
             with suppress(FileNotFoundError):  # another process starts and removes it, too
-                _remove(removing)
+                remove(removing)
 
 
-def finish_removing(folders: Iterable[Path]) -> None:
-    """Remove what was being removed from folders of checkpoints when a process was killed; nothing of another name.
+def tidy(folder: Path, *, for_seconds: float = 0.0) -> None:
+    """Remove what was being removed from a folder, written to it or replaced in it when a process was killed.
 
-    What is half written stays: it may be another process that is writing it.
+    What a living process is writing stays, and so does all else.
+
+    Args:
+        folder: of checkpoints, or of a run, which exports to it. It may be missing.
+        for_seconds: what is left of it stays for so long; see `files.abandoned`.
     """
-    for folder in folders:
-        for left in folder.glob(f"*.ckpt{REMOVING}"):
-            with suppress(OSError):  # in a folder of others, or removed by another process meanwhile
-                _remove(left)
+    for left in abandoned(folder, for_seconds=for_seconds):
+        place = left.with_name(left.name.removesuffix(PARTIAL))
+        with suppress(OSError):
+            if place.suffix == ".ckpt" and place.exists():
+                remove(place.with_name(place.name + PREVIOUS))
+            remove(left)
+    for left in folder.glob(f"*.ckpt{REMOVING}"):
+        with suppress(OSError):  # in a folder of others, or removed by another process meanwhile
+            if time.time() - left.lstat().st_ctime >= for_seconds:  # when it got this name
+                remove(left)
 
 
 def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> None:
@@ -115,23 +126,25 @@ def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> N
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = StraightToFile()
     ranks, first = current_ranks(), trainer.is_global_zero
-    with as_one(ranks):
-        if first:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(partial)  # left by a process that was killed
-    if _saves_shards(trainer.strategy):
-        with as_one(ranks):
-            partial.mkdir(parents=True, exist_ok=True)  # on every node; while they are written, the ranks meet
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
-    with _removed_if_unfinished(partial, here=first):
-        with as_one(ranks), disk_errors():  # `trainer.save_checkpoint` would leave the others at a barrier of its own
-            trainer.strategy.save_checkpoint(checkpoint, partial)
+    with ExitStack() as until_in_place:
         with as_one(ranks):
             if first:
-                _to_disk(partial)
-    with as_one(ranks):
-        if first:
-            _put_in_place(partial, path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                until_in_place.enter_context(being_written(partial))
+                remove(partial)  # left by a process that was killed
+        if _saves_shards(trainer.strategy):
+            with as_one(ranks):
+                partial.mkdir(parents=True, exist_ok=True)  # on every node; while they are written, the ranks meet
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+        with _removed_if_unfinished(partial, here=first):
+            with as_one(ranks), disk_errors():  # `trainer.save_checkpoint` would leave the others at its own barrier
+                trainer.strategy.save_checkpoint(checkpoint, partial)
+            with as_one(ranks):
+                if first:
+                    _to_disk(partial)
+        with as_one(ranks):
+            if first:
+                _put_in_place(partial, path)
 
 
 def _saves_shards(strategy: Strategy) -> bool:
@@ -177,12 +190,12 @@ def _put_in_place(partial: Path, path: Path) -> None:
     """Give a checkpoint that is written its name."""
     previous = path.with_name(path.name + PREVIOUS)
     if partial.is_dir() or path.is_dir():
-        _remove(previous)
+        remove(previous)
         if path.exists():
             path.rename(previous)
     os.replace(partial, path)
     _folder_to_disk(path.parent)
-    _remove(previous)
+    remove(previous)
 
 
 def _to_disk(path: Path) -> None:
@@ -209,15 +222,8 @@ def _removed_if_unfinished(path: Path, *, here: bool) -> Iterator[None]:
         yield
     except (OSError, RuntimeError):
         if here:
-            _remove(path)
+            remove(path)
         raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def slim_state_dict(module: LightningModule, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

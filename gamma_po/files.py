@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
+WRITING = ".writing"  # ends the name of the file that says who writes another one
+ABANDONED = 3600.0  # seconds without a change, after which nobody on any machine writes a file any more
 DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 DISK_ADVICE = (
     "the disk takes no more; files that were finished before are whole. Free some space, then repeat the command; "
@@ -64,3 +69,58 @@ def locked(file: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def being_written(path: Path) -> Iterator[None]:
+    """Show other processes that this one writes a file or a folder; this ends with the process at the latest.
+
+    What is written is to be renamed or removed inside. What is left of it, if the process is killed, is known by the
+    file `.NAME.writing` beside it, which no living process has locked (`abandoned`).
+
+    Args:
+        path: of a name that has `.partial` in it, in a folder that is there.
+    """
+    sign = path.with_name(f".{path.name}{WRITING}")
+    with open(sign, "ab") as file:
+        with suppress(OSError):  # a file system without locks: nobody can tell, and nobody removes it
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if not os.path.lexists(path):
+                sign.unlink(missing_ok=True)
+
+
+def abandoned(folder: Path, *, for_seconds: float = 0.0) -> Iterator[Path]:
+    """Yield what processes were writing in a folder when they were killed (`being_written`), to be removed at once.
+
+    What a living process writes is left out, and so is all of which this cannot be told: where the file system has no
+    locks, or in a folder of others.
+
+    Args:
+        folder: may be missing.
+        for_seconds: without a change. Some file systems do not show locks to other machines: less than `ABANDONED` only
+            where no living process on another machine is to be expected.
+    """
+    for sign in folder.glob(f".*.partial*{WRITING}"):
+        with suppress(OSError), open(sign, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path = sign.with_name(sign.name.removeprefix(".").removesuffix(WRITING))
+            same = os.path.samestat(os.fstat(file.fileno()), sign.lstat())  # else another process was faster
+            if same and time.time() - _last_change(sign, path, *path.glob("**/*")) >= for_seconds:
+                yield path
+                if not os.path.lexists(path):
+                    sign.unlink()
+
+
+def _last_change(*paths: Path) -> float:
+    return max(path.lstat().st_mtime for path in paths if os.path.lexists(path))

@@ -28,6 +28,7 @@ from transformers import (
 
 from gamma_po.adapters import DESCRIPTION, adapter_folder, check_tied, keep_record, merge_adapter
 from gamma_po.errors import ConfigError, require
+from gamma_po.files import ABANDONED, abandoned, being_written
 from gamma_po.fused_lora import fuse_lora
 from gamma_po.packages import PACKAGE_PREFIX, package_file
 from gamma_po.rundirs import free_path
@@ -274,8 +275,8 @@ def export_policy(
 ) -> Path:
     """Write the adapter (LoRA) or the whole model, and the tokenizer, in Hugging Face format.
 
-    Written beside `folder` first and renamed, so that an interruption leaves no half-written export. What is
-    there already is never replaced.
+    Written beside `folder` first and renamed, so that an interruption leaves no half-written export; what one that was
+    killed long ago left there is removed. What is there already is never replaced.
 
     Args:
         model: as trained, or merged.
@@ -288,16 +289,20 @@ def export_policy(
     Returns:
         Where it was written: `folder`, or `folder-1`, `folder-2`, ... where that name is taken.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in abandoned(folder.parent, for_seconds=ABANDONED):
+        shutil.rmtree(left, ignore_errors=True)
     staging = free_path(folder.with_name(folder.name + ".partial"))
-    staging.mkdir(parents=True)
-    try:
-        model.save_pretrained(staging, state_dict=weights)
-        tokenizer.save_pretrained(staging)
-        if record is not None and isinstance(model, PeftModel):
-            keep_record(staging, record)
-        return staging.rename(free_path(folder))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # gone already unless writing failed
+    with being_written(staging):
+        staging.mkdir()
+        try:
+            model.save_pretrained(staging, state_dict=weights)
+            tokenizer.save_pretrained(staging)
+            if record is not None and isinstance(model, PeftModel):
+                keep_record(staging, record)
+            return staging.rename(free_path(folder))
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # gone already unless writing failed
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gamma_po.adapters import DESCRIPTION, RECORD, START, check_adapter, load_adapter
+from gamma_po.adapters import DESCRIPTION, RECORD, START, adapter_folder, check_adapter, load_adapter
 from gamma_po.bases import check_base
 from gamma_po.data.tokenization import Template, Tokenization
 from gamma_po.errors import ConfigError
@@ -198,6 +198,26 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def check_start(config: ModelConfig) -> None:
+    """Refuse to start from an exported adapter on another base than its own; some rows of the base's weights are read.
+
+    Args:
+        config: of the policy or the reference. Where its adapter does not say its base, any is taken.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    folder = None if config.adapter is None else adapter_folder(config.adapter)
+    record = None if folder is None else read_record(folder)
+    if record is None:
+        return
+    trained = from_plain(ModelConfig, {**record["policy"], "quantization": None})
+    below = str(folder / START) if (folder / START).is_dir() else None
+    saved = Fingerprint.of(record.get("base_weights"))
+    named = "as the path beside `adapter` (e.g. model.policy.path)"
+    check_base(dataclasses.replace(config, adapter=below), None, trained.dtype, saved, str(folder), named=named)
+
+
 class Found(NamedTuple):
     """A checkpoint of a run."""
 
@@ -264,10 +284,14 @@ def run_of(path: Path) -> Path | None:
     return None
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """Return the runs of a folder of runs."""
+    return [inner for inner in folder.iterdir() if all((inner / name).is_file() for name in RECORDS)]
+
+
 def latest_run(folder: Path) -> Path | None:
     """Return the last run of a folder of runs, which are named after their start; None where it holds no run."""
-    runs = [inner for inner in folder.iterdir() if all((inner / name).is_file() for name in RECORDS)]
-    return max(runs, key=lambda run: (run.name[:15], len(run.name), run.name), default=None)
+    return max(runs_in(folder), key=lambda run: (run.name[:15], len(run.name), run.name), default=None)
 
 
 def run_config(run: Path) -> dict[str, Any]:

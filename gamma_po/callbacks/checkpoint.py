@@ -10,9 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from gamma_po.checkpoints import finish_removing, save_whole
+from gamma_po.checkpoints import save_whole, tidy
 from gamma_po.errors import require
+from gamma_po.files import ABANDONED
 from gamma_po.ranks import as_one, current_ranks
+from gamma_po.saved import LAST, run_of, runs_in
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -35,13 +37,21 @@ class RunCheckpoint(ModelCheckpoint):
         return type(self).__name__
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tidy the folder in which this run keeps its checkpoints, and that of the run it goes on from."""
+        """Tidy the folders of this run's checkpoints, of the run it goes on from, and of others of its name."""
         super().on_train_start(trainer, pl_module)
         self._told_to_stop = False
         self._last_global_step_saved = trainer.global_step  # 0, or that of the checkpoint the run goes on from
         if trainer.is_global_zero:
-            before = [Path(trainer.ckpt_path).parent] if trainer.ckpt_path else []
-            finish_removing([Path(self.dirpath), *before])
+            self._tidy(Path(trainer.ckpt_path) if trainer.ckpt_path else None)
+
+    def _tidy(self, start: Path | None) -> None:
+        own = Path(self.dirpath)
+        run, before = run_of(own / LAST), run_of(start) if start else None
+        for folder in {own, *([start.parent] if start else []), *([before] if before else [])}:
+            tidy(folder)
+        for other in runs_in(run.parent) if run else []:  # some may be in training, also on other machines
+            for folder in (other, other / own.name):
+                tidy(folder, for_seconds=ABANDONED)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int

@@ -34,11 +34,12 @@ class StopBetweenSteps(Callback):
     In a validation during training it stops after a batch of it, with the state of the step before. A run that goes on
     from there trains on with the same bits, but is without that validation.
 
-    Before the first step, while data is read and the reference scored, a signal stops at once: what is on disk then
-    is whole and is used by the next run.
+    While data is read, the reference scored and a checkpoint loaded, a signal stops at once: what is on disk then is
+    whole and is used by the next run. From there to the first step all processes stop together, without a checkpoint.
 
-    In a SLURM job, Lightning's own handling is switched off: it would write a checkpoint in the middle of a step, over
-    the one before, where all runs of a folder write theirs.
+    Lightning's own handlers are not registered: they talk to the other processes, wherever these are. What it does in
+    a SLURM job is switched off, too: it would write a checkpoint in the middle of a step, over the one before, where
+    all runs of a folder write theirs.
     """
 
     def __init__(self) -> None:
@@ -58,19 +59,25 @@ class StopBetweenSteps(Callback):
                 log.warning(SLURM_ADVICE)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals: until training starts they stop at once."""
-        self._take(signal.default_int_handler)
+        """Take over the signals: until all is loaded they stop at once, and from then on between steps.
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals back from Lightning, whose handler would talk to the other processes wherever they are."""
+        Lightning calls no hook on every run where it registers its handlers, so these are taken in its place.
+        """
         self._take(signal.default_int_handler)
+        trainer._signal_connector.register_signal_handlers = lambda: self._wait_for_steps(trainer)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on they stop between steps."""
+    def _wait_for_steps(self, trainer: Trainer) -> None:
+        del trainer._signal_connector.register_signal_handlers  # of this object: the class has Lightning's own
+        if trainer.fit_loop.skip:  # nothing is left to train
+            return
         self._received = self._saved = self._in_validation = False
         self._ranks = current_ranks()
         self._alone = self._ranks.world_size == 1
         self._take(self._remember)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop, if a signal came before."""
+        self._stop_before_steps(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,6 +101,8 @@ class StopBetweenSteps(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Save and stop if a signal came: a validation may be long."""
+        if trainer.sanity_checking:
+            self._stop_before_steps(trainer)
         if self._at_step is not None and self._someone_received():
             self._in_validation = True
             self._save(trainer)
@@ -144,6 +153,14 @@ class StopBetweenSteps(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
         self._restore()
+
+    def _stop_before_steps(self, trainer: Trainer) -> None:
+        """Stop where a checkpoint would say no more than the one that the run goes on from, if any."""
+        if self._someone_received():
+            self._restore()
+            if trainer.is_global_zero:
+                log.warning("stopped before the first step; no checkpoint is written, repeat the command as it is")
+            raise KeyboardInterrupt
 
     def _someone_received(self) -> bool:
         """Whether this process or another was told to stop; all of them ask at the same moments."""

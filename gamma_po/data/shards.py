@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gamma_po.data.tokenization import TokenizedPair
 from gamma_po.errors import ConfigError
-from gamma_po.files import acquired, write_bytes
+from gamma_po.files import ABANDONED, acquired, write_bytes
 from gamma_po.types import PairLogps
 
 log = logging.getLogger(__name__)
@@ -121,8 +121,15 @@ class ShardFolder:
                 error,
             )
 
+    def tidy(self) -> None:
+        """Remove what was being written when a process was killed, and has long not been."""
+        for left in self.path.glob(".*.partial"):
+            with suppress(OSError):  # of others, or removed by another process meanwhile
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
+
     def check_room(self, num_pairs: int) -> None:
-        """Make the folder and fail early where it cannot take so many pairs.
+        """Make the folder, tidy it, and fail early where it cannot take so many pairs.
 
         Raises:
             ConfigError: naming the folder, what is free and what to set.
@@ -130,6 +137,7 @@ class ShardFolder:
         parent, needed = self.path.parent, BYTES_PER_PAIR * num_pairs + SPARE_BYTES
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.tidy()
             free = shutil.disk_usage(parent).free
         except OSError as error:
             raise ConfigError(
