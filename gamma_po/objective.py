@@ -101,6 +101,35 @@ def training_log(output: LossOutput) -> dict[str, Tensor]:
     }
 
 
+class StepLog:
+    """Values of an optimizer step, each the mean over the pairs of its micro-batches and ranks, as its loss is one.
+
+    All ranks meet in one reduction per step: Lightning would make one, and a barrier, of each value. What a cut into
+    micro-batches changes by nature (a loss or a γ that looks at several pairs at once, what a loss remembers, such as
+    β-DPO's β) is the mean of what the micro-batches had.
+    """
+
+    def __init__(self) -> None:
+        self.micro_batches: list[Tensor] = []  # of the step so far, [values] each
+        self.names: list[str] = []
+
+    def add(self, values: dict[str, Tensor | float], weight: Tensor) -> None:
+        """Add a micro-batch.
+
+        Args:
+            values: by name, [] each; the same names each time.
+            weight: what its pairs count for, [P].
+        """
+        self.names = list(values)
+        own = torch.stack([torch.as_tensor(value, device=weight.device).float() for value in values.values()])
+        self.micro_batches.append(own * weight.mean())
+
+    def end(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Return the step's values, and begin the next step."""
+        means, self.micro_batches = ranks.mean(torch.stack(self.micro_batches).mean(0)), []
+        return dict(zip(self.names, means, strict=True))
+
+
 def check_finite(reward_margin: Tensor, rows: Tensor, step: int) -> None:
     """Stop before a margin or the optimizer meets a NaN or an infinity.
 

@@ -1,15 +1,39 @@
-"""Which weights an optimizer cannot train: refused before anything is scored, not at the first step."""
+"""The optimizer of a run: what it cannot train, how many steps it takes, and how its gradients are clipped."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gamma_po.errors import ConfigError
+from gamma_po.flat_sharding import is_flat
+
+OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+
+
+def as_configured(factory: OptimizerFactory) -> OptimizerFactory:
+    """Return the factory of an optimizer, whose refusal of a value is a configuration error."""
+
+    def make(parameters: Iterable[Tensor]) -> Optimizer:
+        try:
+            return factory(parameters)
+        except ValueError as error:
+            raise ConfigError(f"model.optimizer: {error}") from error
+
+    return make
 
 
 def check_optimizer(optimizer: Optimizer, *, precision: str, shared_by: str | None) -> None:
     """Refuse an optimizer that would end in a traceback, or in weights that are not numbers, at its first step.
+
+    It is refused before anything is scored.
 
     Args:
         optimizer: with its weights, in the dtype in which they are trained.
@@ -42,6 +66,36 @@ def check_optimizer(optimizer: Optimizer, *, precision: str, shared_by: str | No
                 f"{precision}) and what it knows of their gradients: its first step would divide by 0; allowed: eps: "
                 "0.0001 or so, trainer.precision: bf16-true, or float32 weights with 16-mixed or bf16-mixed"
             )
+
+
+def steps_in_all(trainer: Trainer) -> int:
+    """Return the optimizer steps of the whole training, for the schedule.
+
+    Raises:
+        ConfigError: nobody knows.
+    """
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps):
+        raise ConfigError("the schedule needs a known number of steps: set trainer.max_steps or trainer.max_epochs")
+    return int(steps)
+
+
+def clip_gradients(module: LightningModule, optimizer: Optimizer, limit: float | None, kind: str | None) -> None:
+    """Clip; also for fused optimizers, which Lightning refuses under bf16-mixed though nothing is scaled there.
+
+    Args:
+        module: in training.
+        optimizer: of its policy.
+        limit: trainer.gradient_clip_val.
+        kind: trainer.gradient_clip_algorithm.
+    """
+    plugin = module.trainer.precision_plugin
+    if limit and is_flat(module.policy) and kind != GradClipAlgorithmType.VALUE:
+        module.policy.clip_grad_norm_(limit)  # by the norm over all processes
+    elif limit and type(plugin) is MixedPrecision and plugin.scaler is None:
+        Precision.clip_gradients(plugin, optimizer, limit, GradClipAlgorithmType(kind or "norm"))
+    else:
+        module.clip_gradients(optimizer, limit, kind)
 
 
 def _is_of(package: str, optimizer: Optimizer) -> bool:

@@ -183,6 +183,35 @@ def check_agreement(policy: PairLogps, reference: PairLogps, index: Tensor, *, f
         )
 
 
+def reference_for(
+    loss: Loss,
+    margin: Margin,
+    source: ReferenceSource,
+    policy: ModelConfig,
+    reference_model: ModelConfig | None,
+    *,
+    has_adapters: bool,
+) -> Reference | None:
+    """Return the reference of a run, None where neither the loss nor the margin reads one.
+
+    Args:
+        loss: of the run.
+        margin: of the run.
+        source: where its log-probabilities come from.
+        policy: the model to train.
+        reference_model: a reference other than the untrained policy.
+        has_adapters: the policy is trained through LoRA adapters.
+
+    Raises:
+        ConfigError: the settings would be ignored, or do not work.
+    """
+    check_reference_is_used(loss, margin, source, reference_model)
+    if not (loss.needs_reference or margin.needs_reference):
+        return None
+    start = reference_model is None
+    return Reference(source, reference_model or policy, is_start_of_policy=start, has_adapters=has_adapters)
+
+
 def check_reference_is_used(
     loss: Loss, margin: Margin, source: ReferenceSource, reference_model: ModelConfig | None
 ) -> None:

@@ -7,6 +7,11 @@ from collections.abc import Callable
 from typing import Literal
 
 Schedule = Literal["cosine", "linear", "constant"]
+DECAYS: dict[Schedule, Callable[[float], float]] = {  # by the share of the steps after the warm-up, in [0, 1]
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+    "linear": lambda share: 1 - share,
+    "constant": lambda share: 1.0,
+}
 
 
 def warmup_then(schedule: Schedule, *, total_steps: int, warmup_ratio: float) -> Callable[[int], float]:
@@ -21,18 +26,11 @@ def warmup_then(schedule: Schedule, *, total_steps: int, warmup_ratio: float) ->
     >>> [round(factor(step), 2) for step in (0, 1, 2, 6, 10)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
     """
-    warmup_steps = math.ceil(total_steps * warmup_ratio)
+    warmup_steps, decay = math.ceil(total_steps * warmup_ratio), DECAYS[schedule]
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        match schedule:
-            case "cosine":
-                return 0.5 * (1 + math.cos(math.pi * progress))
-            case "linear":
-                return 1 - progress
-            case "constant":
-                return 1.0
+        return decay(min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
     return factor

@@ -60,6 +60,7 @@ from gamma_po.inspection.show import duration, facts_table, pair_table
 from gamma_po.optimizers import check_optimizer
 from gamma_po.policies import DTYPES
 from gamma_po.reference import CASTS
+from gamma_po.sharding import check_sharding
 
 REFUSED = 1
 
@@ -183,7 +184,8 @@ def check_strategy(module: Any, trainer: Trainer) -> None:
     processes, tensor, data = trainer.world_size, strategy._tensor_parallel_size, strategy._data_parallel_size
     tensor = strategy.num_processes if tensor == "auto" else tensor  # as Lightning decides it once the run starts
     data = strategy.num_nodes if data == "auto" else data
-    module.check_sharding(processes=processes, tensor_parallel=tensor)
+    for config in module.model_configs:
+        check_sharding(config, trainer.precision, processes=processes, tensor_parallel=tensor)
     allowed = f"{processes}, the number of all processes"
     require(data == processes, "trainer.strategy.data_parallel_size", data, allowed)
 

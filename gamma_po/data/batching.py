@@ -8,6 +8,7 @@ from heapq import heapreplace
 from itertools import pairwise
 
 from gamma_po.data.tokenization import TokenizedPair
+from gamma_po.errors import ConfigError, require
 
 # Layout -> tokens of one pair from the lengths of prompt, chosen and rejected. The padded layout gives each pair two
 # rows, both filled up to the longest row of the forward; the others put pairs side by side and fill nothing.
@@ -107,3 +108,17 @@ class TokenCosts:
             if 2 * (place - starts[-1] + 1) * self.widths[row] > limit and place > starts[-1]:
                 starts.append(place)
         return [list(ordered[start:end]) for start, end in pairwise([*starts, len(ordered)])]
+
+
+def check_layout(layout: str, length_window: int | None) -> None:
+    """Refuse a layout that is not there, and a window that would do nothing in it.
+
+    Raises:
+        ConfigError: naming the options and what is allowed.
+    """
+    require(layout in WIDTHS, "data.layout", layout, ", ".join(WIDTHS))
+    if length_window is not None and length_window > 1 and layout != "padded":
+        raise ConfigError(
+            f"data.length_window={length_window} is of no use with data.layout={layout}, which pads nothing; "
+            "allowed here: 1, or null"
+        )

@@ -7,42 +7,42 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from gamma_po.data.batching import TokenCosts
+from gamma_po.data.batching import TokenCosts, check_layout
 from gamma_po.data.columns import Columns
 from gamma_po.data.dataset import Example, PairDataset, by_length, collate, cut_by_tokens
 from gamma_po.data.formatting import Preference
+from gamma_po.data.lengths import check_forwards, check_positions
 from gamma_po.data.loader import (
     ResumableLoader,
     SequentialBatches,
     ShuffledBatches,
     TokenBatches,
-    leave_signals_to_the_parent,
+    loader_options,
 )
+from gamma_po.data.margin_column import check_column, check_margin
 from gamma_po.data.mixtures import (
     Rules,
     Source,
-    Sources,
     Split,
     Treatment,
     as_sources,
-    check_sources,
     select,
     shared_prompts,
+    sources_of_splits,
 )
-from gamma_po.data.noise import flip_mask
+from gamma_po.data.noise import check_label_noise, flip_mask
 from gamma_po.data.pair_files import Reading, pair_file, tokenizer_facts
 from gamma_po.data.reference_cache import default_cache_dir
-from gamma_po.data.tokenization import Tokenization, TokenizedPair
-from gamma_po.data.vocabulary import check_padding, check_vocabulary
-from gamma_po.errors import ConfigError, DataError, require
+from gamma_po.data.tokenization import Tokenization
+from gamma_po.data.vocabulary import check_padding, check_vocabulary, pad_id
+from gamma_po.errors import ConfigError, require
 from gamma_po.layouts import LAYOUTS
 from gamma_po.margins.base import Margin
 from gamma_po.ranks import as_one, current_ranks
@@ -125,32 +125,25 @@ class PreferenceDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        self.limits = {"train": limit_train, "validation": limit_validation, "test": limit_test}
+        optional = {
+            "length_window": length_window,
+            "max_tokens_per_forward": max_tokens_per_forward,
+            "tokenizing_processes": tokenizing_processes,
+            **{f"limit_{split}": limit for split, limit in self.limits.items()},
+        }
         require(batch_size >= 1, "data.batch_size", batch_size, "an integer >= 1")
         require(eval_batch_size >= 1, "data.eval_batch_size", eval_batch_size, "an integer >= 1")
-        require(0 <= label_noise <= 1, "data.label_noise", label_noise, "a probability in [0, 1]")
-        if label_noise == 0 and label_noise_seed != 0:
-            raise ConfigError(
-                f"data.label_noise_seed={label_noise_seed} is not used: data.label_noise={label_noise} flips no label; "
-                "allowed: data.label_noise above 0, or no data.label_noise_seed"
-            )
-        allowed, given = "an integer >= 1, or null", tokenizing_processes
-        require(given is None or given >= 1, "data.tokenizing_processes", given, allowed)
+        for name, number in optional.items():
+            require(number is None or number >= 1, f"data.{name}", number, "an integer >= 1, or null")
+        check_label_noise(label_noise, label_noise_seed)
+        check_layout(layout, length_window)
         self.rules = Rules(
             duplicates=duplicates, contradictions=contradictions, validation_share=validation_share, seed=split_seed
         )
-        training = train if train is None or isinstance(train, str) else Sources(train)
-        self.sources = {"train": training, "validation": validation, "test": test}
-        if validation_share:
-            require(validation is None, "data.validation", validation, "null with data.validation_share")
-            self.sources["validation"] = training
-        check_sources(training, columns)
-        self.limits = {"train": limit_train, "validation": limit_validation, "test": limit_test}
-        for split, limit in self.limits.items():
-            require(limit is None or limit >= 1, f"data.limit_{split}", limit, "an integer >= 1, or null")
-        require(layout in LAYOUTS, "data.layout", layout, ", ".join(LAYOUTS))
+        self.sources = sources_of_splits(train, validation, test, self.rules, columns)
         self.columns, self.tokenization, self.layout = columns, tokenization, layout
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        _check_batching(length_window, max_tokens_per_forward, layout)
         self.length_window, self.max_tokens_per_forward = length_window, max_tokens_per_forward
         self.label_noise, self.label_noise_seed = label_noise, label_noise_seed
         self.invalid_rows = invalid_rows
@@ -194,36 +187,27 @@ class PreferenceDataModule(LightningDataModule):
         self.tokenizer = own
 
     def check_vocabulary(self, num_embeddings: int) -> None:
-        """Refuse token ids for which a model has no embedding; where the data is not read yet there is nothing to do.
-
-        Raises:
-            ConfigError: naming the row and the token, or the padding token.
-        """
+        """Refuse token ids for which a model has no embedding, as far as the data is read."""
         if self.tokenizer is None:
             return
         if self.layout == "padded":
-            check_padding(self.tokenizer, pad_id(self.tokenizer), num_embeddings)
-        for split in self._splits:
-            if self._splits[split].pairs.highest_id() >= num_embeddings:
-                pairs, texts = self._splits[split].pairs, self.preferences[split]
-                check_vocabulary(pairs, self.tokenizer, num_embeddings, lambda place, of=texts: of[place].location)
+            check_padding(self.tokenizer, num_embeddings)
+        for read in self._splits.values():
+            check_vocabulary(read, self.tokenizer, num_embeddings)
 
     def check_positions(self, limit: int) -> None:
-        """Refuse pairs beyond the position from which on a model's numbers depend on the longest row of a forward.
+        """Refuse pairs beyond the position from which on a model's numbers depend on the longest row of a forward."""
+        for read in self._splits.values():
+            check_positions(read, limit)
 
-        Raises:
-            ConfigError: naming the longest pair and the limit.
-        """
-        for split, read in self._splits.items():
-            widths = TokenCosts.of(read.pairs, "padded").widths
-            row = max(range(len(widths)), key=widths.__getitem__)
-            if widths[row] > limit:
-                raise ConfigError(
-                    f"{self.preferences[split][row].location}: the pair takes {widths[row]} positions; beyond {limit} "
-                    "the model's rotary embedding changes with the longest sequence of a forward, and a pair's "
-                    "log-probabilities with what stands beside it; allowed: data.tokenization.max_length of at most "
-                    f"{limit}"
-                )
+    def check_margin(self, margin: Margin) -> None:
+        """Refuse a margin that does not fit the options of its column; the data need not be there."""
+        check_margin(margin, self.columns.margin, self.label_noise)
+
+    def check_column(self, margin: Margin) -> None:
+        """Refuse a row of any split whose number the margin cannot take; to be called after `setup`."""
+        for split, dataset in self.datasets.items():
+            check_column(margin, dataset, self.preferences[split])
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches that resume exactly."""
@@ -231,9 +215,8 @@ class PreferenceDataModule(LightningDataModule):
         dataset = self._with_reference("train")
         batches = self.training_batches(ranks.rank, ranks.world_size)
         resume = getattr(getattr(self.trainer, "lightning_module", None), "resume", "exact")
-        accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
-        position = {"resume": resume, "accumulate": accumulate}
-        return ResumableLoader(dataset, batch_sampler=batches, **position, **self._loader_options())
+        position = {"resume": resume, "accumulate": self._accumulate}
+        return ResumableLoader(dataset, batch_sampler=batches, **position, **self._loader_options)
 
     def training_batches(self, rank: int, world_size: int) -> ShuffledBatches:
         """Return the rows of each micro-batch of one process, in the order of training."""
@@ -241,8 +224,13 @@ class PreferenceDataModule(LightningDataModule):
         common = {"seed": self.seed, "rank": rank, "world_size": world_size}
         if self.length_window is None:
             return ShuffledBatches(len(dataset), self.batch_size, **common)
-        costs, accumulate = TokenCosts.of(dataset.pairs, self.layout), _accumulation(self.trainer)
-        return TokenBatches(costs, self.batch_size, accumulate=accumulate, window=self.length_window, **common)
+        cut = {"accumulate": self._accumulate, "window": self.length_window}
+        return TokenBatches(TokenCosts.of(dataset.pairs, self.layout), self.batch_size, **cut, **common)
+
+    @property
+    def _accumulate(self) -> int:
+        """Micro-batches per optimizer step; the module refuses a callback that would change them between epochs."""
+        return getattr(self.trainer, "accumulate_grad_batches", 1)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every validation pair once, in order; nothing where no validation data is set."""
@@ -267,13 +255,14 @@ class PreferenceDataModule(LightningDataModule):
         batches = SequentialBatches(
             by_length(dataset.pairs), self.eval_batch_size, rank=ranks.rank, world_size=ranks.world_size
         )
-        return DataLoader(dataset, batch_sampler=batches, **self._loader_options())
+        return DataLoader(dataset, batch_sampler=batches, **self._loader_options)
 
     def _read(self, split: str) -> PairDataset:
         chosen = self._select(split)
         self._splits[split] = chosen
         self.preferences[split], self.counts[split] = chosen.preferences, chosen.counts
-        self._check_longest(split, chosen.pairs)
+        if self.max_tokens_per_forward is not None:
+            check_forwards(chosen, self.layout, self.max_tokens_per_forward)
         rate = self.label_noise if split == "train" else 0.0
         flipped = flip_mask(int(chosen.origin.max()) + 1, rate, self.label_noise_seed)[chosen.origin]
         column = None if self.columns.margin is None else chosen.column
@@ -287,64 +276,13 @@ class PreferenceDataModule(LightningDataModule):
         assert given is not None and self.tokenizer is not None
         sources = as_sources(given, limit)
         folder = (self.cache_dir or default_cache_dir().parent) / "tokens"
+        how = {"processes": self.tokenizing_processes, "show_progress": current_ranks().rank == 0}
         files = []
         for source in sources:
             reading = Reading(source.columns or self.columns, self.tokenization, self.invalid_rows, source.limit)
-            quiet = {"processes": self.tokenizing_processes, "show_progress": current_ranks().rank == 0}
-            files.append(pair_file(source.path, self.tokenizer, reading, folder, **quiet))
+            files.append(pair_file(source.path, self.tokenizer, reading, folder, **how))
         weights = [source.weight for source in sources]
         return select(files, weights, self.rules, part, self.limits["validation"])
-
-    def _check_longest(self, split: str, pairs: Sequence[TokenizedPair]) -> None:
-        """Fail now where the longest pair would not fit into a forward later."""
-        limit = self.max_tokens_per_forward
-        if limit is None:
-            return
-        costs = TokenCosts.of(pairs, self.layout)
-        row = costs.too_long(limit)
-        if row is not None:
-            raise DataError(
-                f"{self.preferences[split][row].location}: the pair alone takes {costs.total([row])} tokens in the "
-                f"{self.layout} layout, data.max_tokens_per_forward={limit} is less; raise it, or lower "
-                "data.tokenization.max_prompt_length, max_completion_length or max_length"
-            )
-
-    def check_margin(self, margin: Margin) -> None:
-        """Refuse a margin that needs a column where none is named, and label noise where it takes no negative number.
-
-        The data need not be there.
-
-        Raises:
-            ConfigError: there is no column, or noise would turn the sign of numbers whose logarithm is taken.
-        """
-        if margin.reads_column and self.columns.margin is None:
-            raise ConfigError(
-                f"data.columns.margin is not set; the margin {margin} needs it: a column with a number per pair"
-            )
-        refuses_negative = margin.check_column(torch.tensor([-1.0])) is not None
-        allowed = (
-            f"0 with the margin {margin}, as a flipped label turns the sign of the margin column, which must be > 0 "
-            "under the logarithm; or column.transform=identity"
-        )
-        require(self.label_noise == 0 or not refuses_negative, "data.label_noise", self.label_noise, allowed)
-
-    def check_column(self, margin: Margin) -> None:
-        """Refuse a row of any split whose number the margin cannot take; to be called after `setup`.
-
-        Raises:
-            DataError: names the row and its number.
-        """
-        for split, dataset in self.datasets.items():
-            column = dataset.labelled_column()
-            row = None if column is None else margin.check_column(column)
-            if column is None or row is None:
-                continue
-            flipped = ", its sign turned by data.label_noise" if dataset.flipped[row] else ""
-            raise DataError(
-                f"{self.preferences[split][row].location}: the margin column gives {float(column[row]):g}{flipped}, "
-                f"which the margin {margin} cannot take; allowed: finite numbers (32 bits), > 0 with "
-                "column.transform=log"
-            )
 
     def _with_reference(self, split: str) -> PairDataset:
         """The dataset, with cached reference log-probabilities where the module wants them."""
@@ -363,34 +301,9 @@ class PreferenceDataModule(LightningDataModule):
             cut = partial(cut_by_tokens, layout=self.layout, limit=limit)
         return partial(collate, pad_id=pad_id(self.tokenizer), layout=LAYOUTS[self.layout], cut=cut)
 
-    def _loader_options(self) -> dict[str, object]:
-        return {
-            "collate_fn": self.collate,
-            "num_workers": self.num_workers,
-            "generator": torch.Generator().manual_seed(self.seed),
-            "pin_memory": torch.cuda.is_available(),
-            "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": leave_signals_to_the_parent if self.num_workers else None,
-        }
-
-
-def _check_batching(length_window: int | None, max_tokens: int | None, layout: str) -> None:
-    """Refuse values that cannot work or would do nothing."""
-    require(
-        length_window is None or length_window >= 1, "data.length_window", length_window, "an integer >= 1, or null"
-    )
-    allowed = "an integer >= 1, or null"
-    require(max_tokens is None or max_tokens >= 1, "data.max_tokens_per_forward", max_tokens, allowed)
-    if length_window is not None and length_window > 1 and layout != "padded":
-        raise ConfigError(
-            f"data.length_window={length_window} is of no use with data.layout={layout}, which pads nothing; "
-            "allowed here: 1, or null"
-        )
-
-
-def _accumulation(trainer: Trainer | None) -> int:
-    """Micro-batches per optimizer step; the module refuses a callback that would change them between epochs."""
-    return 1 if trainer is None else trainer.accumulate_grad_batches
+    @property
+    def _loader_options(self) -> dict[str, Any]:
+        return {"collate_fn": self.collate, **loader_options(self.num_workers, self.seed)}
 
 
 def _check_equal_forwards(trainer: Trainer | None, max_tokens: int | None) -> None:
@@ -402,11 +315,3 @@ def _check_equal_forwards(trainer: Trainer | None, max_tokens: int | None) -> No
             "different numbers of forwards and wait for each other forever; lower data.batch_size and raise "
             "trainer.accumulate_grad_batches instead, and set data.length_window: 1"
         )
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to fill rows with; it is masked, so the end-of-sequence token or 0 will do."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0

@@ -157,6 +157,22 @@ class SequentialBatches(Sampler[list[Slot]]):
             yield mine[start : start + self.batch_size]
 
 
+def loader_options(num_workers: int, seed: int) -> dict[str, Any]:
+    """Return what every DataLoader of a run is given, besides its data.
+
+    Args:
+        num_workers: processes that collate batches.
+        seed: of the loader's own random numbers, which decide nothing here but must not come from elsewhere.
+    """
+    return {
+        "num_workers": num_workers,
+        "generator": torch.Generator().manual_seed(seed),
+        "pin_memory": torch.cuda.is_available(),
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": leave_signals_to_the_parent if num_workers else None,
+    }
+
+
 def leave_signals_to_the_parent(worker: int) -> None:
     """Let a process that collates batches live on when its whole process group is told to stop.
 

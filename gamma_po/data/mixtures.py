@@ -125,6 +125,21 @@ def check_sources(training: object, columns: Columns) -> None:
             )
 
 
+def sources_of_splits(
+    train: str | Sequence[Source] | None, validation: str | None, test: str | None, rules: Rules, columns: Columns
+) -> dict[str, str | Sources | None]:
+    """Return what each split is read from: held-out prompts from where training is.
+
+    Raises:
+        ConfigError: see `check_sources`; or validation data is given, and a share of training held out, too.
+    """
+    training = train if train is None or isinstance(train, str) else Sources(train)
+    held_out = rules.validation_share > 0
+    require(validation is None or not held_out, "data.validation", validation, "null with data.validation_share")
+    check_sources(training, columns)
+    return {"train": training, "validation": training if held_out else validation, "test": test}
+
+
 def select(
     files: Sequence[PairFile], weights: Sequence[float], rules: Rules, part: Part = "all", limit: int | None = None
 ) -> Split:

@@ -7,9 +7,23 @@ import hashlib
 import torch
 from torch import Tensor
 
-from gamma_po.errors import ConfigError
+from gamma_po.errors import ConfigError, require
 
 RANDOM_BITS = 53  # as many as a float holds
+
+
+def check_label_noise(rate: float, seed: int) -> None:
+    """Refuse a rate that is no probability, and a seed of flips where there are none.
+
+    Raises:
+        ConfigError: naming the options and what is allowed.
+    """
+    require(0 <= rate <= 1, "data.label_noise", rate, "a probability in [0, 1]")
+    if rate == 0 and seed != 0:
+        raise ConfigError(
+            f"data.label_noise_seed={seed} is not used: data.label_noise={rate} flips no label; "
+            "allowed: data.label_noise above 0, or no data.label_noise_seed"
+        )
 
 
 def flip_mask(num_pairs: int, rate: float, seed: int) -> Tensor:

@@ -16,8 +16,9 @@ from gamma_po.margins.column import Column
 from gamma_po.margins.constant import Fixed, NoMargin
 from gamma_po.margins.kl import KL, KLAuthors, KLDual
 from gamma_po.margins.mapped import Map
+from gamma_po.margins.mirror_descent import mirror_descent_margins
 from gamma_po.margins.running import AlphaDPO, AMaPO
-from gamma_po.margins.solver import mirror_descent_margins, solve_kl_margins
+from gamma_po.margins.solver import solve_kl_margins
 from gamma_po.registry import build
 
 MARGINS: dict[str, type[Margin]] = {

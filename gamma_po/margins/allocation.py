@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gamma_po.errors import require_integer
-from gamma_po.margins.solver import mirror_descent_margins, priced_kl_margins, solve_kl_margins
+from gamma_po.margins.mirror_descent import mirror_descent_margins
+from gamma_po.margins.solver import priced_kl_margins, solve_kl_margins
 
 
 class Joined(NamedTuple):

@@ -12,7 +12,8 @@ from torch import Tensor
 from gamma_po.errors import ConfigError, require
 from gamma_po.losses.base import Loss, require_margin_fits, require_positive
 from gamma_po.margins.base import BetaMargin, Pool, PoolMargin, as_target_margin, known_reference
-from gamma_po.margins.maps import MapShape, Piecewise, Quantile, location_and_scale
+from gamma_po.margins.maps import MapShape, Piecewise, Quantile
+from gamma_po.margins.standardization import location_and_scale
 from gamma_po.ranks import Ranks
 from gamma_po.state import float64
 from gamma_po.types import Evidence, PairLogps

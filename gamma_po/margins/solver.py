@@ -1,13 +1,10 @@
 """The KL margin: one convex allocation problem over a pool of N pairs, solved exactly.
 
-With c = γ0/τ, x_i = log q_i and γ_i = γ0 q_i, the optimum is the only point where
-
-    x_i + c s(γ0 exp(x_i) - h_i) = μ  for every i,    mean_i exp(x_i) = 1,
-
-with one scalar multiplier μ = c s(ν) for the whole pool. For a given ν each equation has one root, between
-γ_i = γ0 and γ_i = h_i + ν; the mean of the roots increases with ν. For c <= 2 a joint Newton iteration on
-(x, μ) normally needs five vectorised steps; otherwise nested bracketed Newton finds ν and the same joint
-steps polish. Every result passes one check of the optimality conditions before it is returned.
+The optimum is the only point that meets the conditions of `optimality`, with one scalar multiplier μ = c s(ν) for
+the whole pool. For a given ν each equation has one root, between γ_i = γ0 and γ_i = h_i + ν; the mean of the roots
+increases with ν. For c <= 2 a joint Newton iteration on (x, μ) normally needs five vectorised steps; otherwise nested
+bracketed Newton finds ν and the same joint steps polish. Every result passes one check of the optimality conditions
+before it is returned.
 
 All of this is done on the CPU: pools are small and the iterations decide at every step, so that an accelerator is
 waited for once, when its reward margins are fetched.
@@ -16,12 +13,19 @@ waited for once, when its reward margins are fetched.
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
 
-from gamma_po.errors import DataError, require, require_integer
+from gamma_po.errors import DataError
+from gamma_po.margins.optimality import (
+    EPSILON,
+    allowed_residual,
+    kkt_residual,
+    require_solved,
+    stationarity,
+    strength,
+)
 from gamma_po.state import float64
 
 JOINT_NEWTON_LIMIT = 2.0  # largest γ0/τ that starts with the joint iteration
@@ -31,9 +35,6 @@ BRACKETED_STEPS = 100  # bound on the steps of each of the two nested iterations
 STEP_TOLERANCE = 1e-9  # a Newton step this short is taken and is the last: its error is the square of this
 SEARCH_TOLERANCE = 1e-6  # the same while ν is searched for, where the joint iteration follows
 POOL_TOLERANCE = 1e-5  # where the search for ν stops, in units of γ0: within reach of the joint iteration
-RESIDUAL_TOLERANCE = 1e-11  # reward units, beside what rounding alone can leave
-MIRROR_TOLERANCE = 1e-3  # mirror descent that is further from the exact solution warns, in units of γ0
-EPSILON = torch.finfo(torch.float64).eps
 
 
 @torch.no_grad()
@@ -62,26 +63,26 @@ def solve_kl_margins(reward_margin: Tensor, *, gamma0: float, tau: float) -> Ten
     >>> solve_kl_margins(torch.tensor([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
     tensor([0.7266, 0.8439, 1.4296])
     """
-    c = _strength(gamma0, tau)
+    c = strength(gamma0, tau)
     _require_pool(reward_margin)
-    h = _fetched(reward_margin)
+    h = fetched(reward_margin)
     finite = torch.isfinite(h).all()
     joint = solved = None
     if c <= JOINT_NEWTON_LIMIT:
         start = torch.zeros_like(h)
         mu = c * torch.sigmoid(gamma0 - h).mean(0)
         joint = gamma0 * _joint_newton(h, start, mu, gamma0, c, JOINT_STEPS).exp()
-        solved = kkt_residual(joint, h, gamma0=gamma0, tau=tau) <= _allowed_residual(joint, h, c)
+        solved = kkt_residual(joint, h, gamma0=gamma0, tau=tau) <= allowed_residual(joint, h, c)
         if finite & solved.all():
-            return _result(joint, reward_margin)
+            return returned(joint, reward_margin)
     if not finite:
         raise DataError(_describe_non_finite(h))
     x, mu = _nested_newton(h, gamma0, c)
     margin = gamma0 * _joint_newton(h, x, mu, gamma0, c, POLISH_STEPS).exp()
     if joint is not None and solved is not None:
         margin = torch.where(solved, joint, margin)
-    _require_solved(margin, h, gamma0, tau)
-    return _result(margin, reward_margin)
+    require_solved(margin, h, gamma0, tau)
+    return returned(margin, reward_margin)
 
 
 @torch.no_grad()
@@ -106,12 +107,12 @@ def priced_kl_margins(reward_margin: Tensor, mu: Tensor, *, gamma0: float, tau: 
     >>> priced_kl_margins(torch.zeros(1), torch.tensor(0.5), gamma0=1.0, tau=1e9)[0]
     tensor([1.6487], dtype=torch.float64)
     """
-    c = _strength(gamma0, tau)
-    h, mu = _fetched(reward_margin), _fetched(mu)
+    c = strength(gamma0, tau)
+    h, mu = fetched(reward_margin), fetched(mu)
     x = torch.zeros_like(h)
     lo, hi, last = x + (mu - c), x + mu, torch.full_like(h, 2 * c)
     for _ in range(BRACKETED_STEPS):
-        residual, slope = _stationarity(x.clamp(lo, hi), mu, h, gamma0, c)
+        residual, slope = stationarity(x.clamp(lo, hi), mu, h, gamma0, c)
         newton = residual / slope
         done = newton.abs() <= max(STEP_TOLERANCE, 16 * EPSILON * c)
         x, lo, hi, last = _bracketed_step(x.clamp(lo, hi), residual, newton, lo, hi, last, done)
@@ -120,37 +121,8 @@ def priced_kl_margins(reward_margin: Tensor, mu: Tensor, *, gamma0: float, tau: 
     else:
         raise ArithmeticError(f"γ at the price μ = {float(mu):.6g} was not found in {BRACKETED_STEPS} steps")
     margin = gamma0 * x.exp()
-    slope = margin / _stationarity(x, mu, h, gamma0, c)[1]
+    slope = margin / stationarity(x, mu, h, gamma0, c)[1]
     return margin.to(reward_margin.device), slope.to(reward_margin.device)
-
-
-@torch.no_grad()
-def kkt_residual(target_margin: Tensor, reward_margin: Tensor, *, gamma0: float, tau: float) -> Tensor:
-    """Return how far target margins are from optimal, in reward units.
-
-    The larger of |mean γ - γ0| and max_i |γ_i - γ0 exp(μ - c s(γ_i - h_i))| / (1 + c γ_i s'(γ_i - h_i)),
-    with the multiplier μ that fits best; zero only at the solution.
-
-    Args:
-        target_margin: γ, [N] or [N, ...], >= 0, reward units.
-        reward_margin: h, shape of γ, reward units.
-        gamma0: γ0, > 0.
-        tau: τ, > 0.
-
-    Returns:
-        [] or [...], one number per pool, float64, >= 0.
-
-    >>> kkt_residual(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.0]), gamma0=1.0, tau=1.0).item()
-    0.0
-    """
-    c = _strength(gamma0, tau)
-    margin, h = float64(target_margin), float64(reward_margin)
-    p = torch.sigmoid(margin - h)
-    slope = 1 + c * margin * p * torch.sigmoid(h - margin)
-    weight = margin / slope
-    mu = (torch.xlogy(weight, margin / gamma0) + weight * c * p).sum(0) / weight.sum(0)
-    stationarity = ((margin - gamma0 * torch.exp(mu - c * p)) / slope).abs().amax(0)
-    return torch.maximum(stationarity, (margin.mean(0) - gamma0).abs())
 
 
 @torch.no_grad()
@@ -176,54 +148,15 @@ def kl_value(reward_margin: Tensor, *, gamma0: float, tau: float) -> Tensor:
     return (torch.logaddexp(margin - h, torch.zeros_like(h)) + tau * torch.xlogy(q, q)).mean()
 
 
-@torch.no_grad()
-def mirror_descent_margins(reward_margin: Tensor, *, gamma0: float, tau: float, steps: int = 20) -> Tensor:
-    """Return the KL target margins as the authors' solver approximates them (for reproduction).
-
-    p <- p exp(-η (τ (1 + log(N p)) + γ0 s(γ0 N p - h))), normalised, with η = min(0.5/τ, 1), from uniform p.
-    γ = γ0 N p is read before the last update, so `steps - 1` updates count. The exact solution is found beside it:
-    a γ that is more than 0.001 γ0 from it is warned of.
-
-    Args:
-        reward_margin: h, [N], N >= 1, finite, reward units.
-        gamma0: γ0, > 0, reward units.
-        tau: τ, > 0, reward units.
-        steps: number of updates, >= 1, the last of them without effect.
-
-    Returns:
-        γ, [N], reward units, detached; float64 for a float64 input, else float32.
-
-    Raises:
-        ConfigError: If an option is out of range.
-        DataError: As for `solve_kl_margins`.
-
-    Source: γ-PO, arXiv 2506.03690, the authors' implementation.
-
-    >>> mirror_descent_margins(torch.tensor([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
-    tensor([0.7266, 0.8439, 1.4296])
-    """
-    require_integer("steps", steps, at_least=1)
-    h = _fetched(reward_margin)
-    exact = solve_kl_margins(h, gamma0=gamma0, tau=tau)
-    rate = min(0.5 / tau, 1.0)
-    x = torch.zeros_like(h)
-    for _ in range(steps - 1):
-        x = x - rate * (tau * (1 + x) + gamma0 * torch.sigmoid(gamma0 * x.exp() - h))
-        x = x - _log_mean_exp(x)
-    margin = gamma0 * x.exp()
-    _warn_if_far(margin, exact, h, gamma0, tau, steps)
-    return _result(margin, reward_margin)
-
-
 def _joint_newton(h: Tensor, x: Tensor, mu: Tensor, gamma0: float, c: float, steps: int) -> Tensor:
     """Take Newton steps on all N + 1 equations at once; x stays in [μ - c, μ], where the root is."""
     for _ in range(steps):
-        residual, slope = _stationarity(x, mu, h, gamma0, c)
+        residual, slope = stationarity(x, mu, h, gamma0, c)
         weight = torch.softmax(x, 0)
-        change = ((weight * residual / slope).sum(0) - _log_mean_exp(x)) / (weight / slope).sum(0)
+        change = ((weight * residual / slope).sum(0) - log_mean_exp(x)) / (weight / slope).sum(0)
         mu = mu + change
         x = torch.clamp(x + (change - residual) / slope, mu - c, mu)
-    return x - _log_mean_exp(x)
+    return x - log_mean_exp(x)
 
 
 def _nested_newton(h: Tensor, gamma0: float, c: float) -> tuple[Tensor, Tensor]:
@@ -234,7 +167,7 @@ def _nested_newton(h: Tensor, gamma0: float, c: float) -> tuple[Tensor, Tensor]:
     for _ in range(BRACKETED_STEPS):
         x = _invert_stationarity(x, nu, h, gamma0, c)
         mu = c * torch.sigmoid(nu)
-        _, slope = _stationarity(x, mu, h, gamma0, c)
+        _, slope = stationarity(x, mu, h, gamma0, c)
         rate = mu * torch.sigmoid(-nu) / slope  # dx_i/dν
         reach, excess = x.exp() * rate, x.exp().mean(0) - 1  # dq_i/dν
         newton = excess / reach.mean(0)
@@ -255,7 +188,7 @@ def _invert_stationarity(x: Tensor, nu: Tensor, h: Tensor, gamma0: float, c: flo
     x, last = torch.clamp(x, lo, hi), 2 * (hi - lo)
     tolerance = max(SEARCH_TOLERANCE, 16 * EPSILON * c)
     for _ in range(BRACKETED_STEPS):
-        residual, slope = _stationarity(x, mu, h, gamma0, c)
+        residual, slope = stationarity(x, mu, h, gamma0, c)
         newton = residual / slope
         done = newton.abs() * (1 + gamma0 * x.exp()) <= tolerance
         x, lo, hi, last = _bracketed_step(x, residual, newton, lo, hi, last, done)
@@ -279,49 +212,9 @@ def _bracketed_step(
     return torch.where(keep, target, (lo + hi) / 2), lo, hi, torch.where(keep, size, hi - lo)
 
 
-def _stationarity(x: Tensor, mu: Tensor, h: Tensor, gamma0: float, c: float) -> tuple[Tensor, Tensor]:
-    """Residual x + c s(γ - h) - μ of every pair and its derivative in x, which is at least 1."""
-    margin = gamma0 * x.exp()
-    p = torch.sigmoid(margin - h)
-    return (x - mu) + c * p, 1 + c * margin * p * torch.sigmoid(h - margin)
-
-
-def _allowed_residual(margin: Tensor, h: Tensor, c: float) -> Tensor:
-    rounding = 4 * EPSILON * (h.abs().amax(0) + max(1.0, c) * margin.amax(0))
-    return RESIDUAL_TOLERANCE + rounding
-
-
-def _log_mean_exp(x: Tensor) -> Tensor:
+def log_mean_exp(x: Tensor) -> Tensor:
+    """Return log mean_i exp(x_i) along the first dimension."""
     return torch.logsumexp(x, 0) - math.log(x.shape[0])
-
-
-def _warn_if_far(margin: Tensor, exact: Tensor, h: Tensor, gamma0: float, tau: float, steps: int) -> None:
-    """Warn where mirror descent has missed the exact solution, and say why."""
-    error = (margin - exact).abs().amax().item() / gamma0
-    if error <= MIRROR_TOLERANCE:
-        return
-    curvature = torch.sigmoid(exact - h) * torch.sigmoid(h - exact)
-    stiffness = (gamma0 * exact * curvature / tau).max().item()
-    limit = 3.0 if tau >= 0.5 else (2 - tau) / tau
-    term = "gamma0 · γ · s'(γ - h) / tau"
-    if stiffness > limit:
-        problem = f"oscillates: {term} reaches {stiffness:.3g}, above {limit:.3g}"
-    elif tau < 0.5:
-        problem = f"is far from converged after {steps} steps: it needs tau >= 0.5"
-    else:
-        problem = f"has not converged after {steps} steps: {term} reaches {stiffness:.3g}, and it oscillates above 3"
-    warnings.warn(
-        f"mirror descent {problem} (gamma0={gamma0}, tau={tau}); a γ is {error:.2g} gamma0 from the exact one of "
-        "solve_kl_margins",
-        stacklevel=3,
-    )
-
-
-def _strength(gamma0: float, tau: float) -> float:
-    """Validate the two options and return c = γ0/τ."""
-    for name, value in (("gamma0", gamma0), ("tau", tau)):
-        require(math.isfinite(value) and value > 0, name, value, "a finite number > 0")
-    return gamma0 / tau
 
 
 def _require_pool(reward_margin: Tensor) -> None:
@@ -332,21 +225,8 @@ def _require_pool(reward_margin: Tensor) -> None:
         )
 
 
-def _require_solved(margin: Tensor, h: Tensor, gamma0: float, tau: float) -> None:
-    """Raise an ArithmeticError unless every pool meets the optimality conditions."""
-    residual = kkt_residual(margin, h, gamma0=gamma0, tau=tau)
-    allowed = _allowed_residual(margin, h, gamma0 / tau)
-    if not (residual <= allowed).all():
-        worst = (residual - allowed).nan_to_num(nan=float("inf")).argmax()
-        raise ArithmeticError(
-            f"the KL margins of {h.shape[0]} pairs did not converge: residual {residual.flatten()[worst].item():.3g}, "
-            f"allowed {allowed.flatten()[worst].item():.3g} reward units; gamma0={gamma0}, tau={tau}, "
-            f"reward margins from {h.min().item():.6g} to {h.max().item():.6g}"
-        )
-
-
-def _fetched(values: Tensor) -> Tensor:
-    """The values on the CPU, in float64: the one wait for their device."""
+def fetched(values: Tensor) -> Tensor:
+    """Return the values on the CPU, in float64: the one wait for their device."""
     return values.detach().cpu().double()
 
 
@@ -355,7 +235,7 @@ def _describe_non_finite(h: Tensor) -> str:
     return f"reward margin {h[tuple(first)].item()} of pair {int(first[0])} in a pool of {h.shape[0]} is not finite"
 
 
-def _result(margin: Tensor, reward_margin: Tensor) -> Tensor:
-    """γ on the pool's device: float64 for float64 reward margins, else float32."""
+def returned(margin: Tensor, reward_margin: Tensor) -> Tensor:
+    """Return γ to the pool's device: float64 for float64 reward margins, else float32."""
     dtype = torch.float64 if reward_margin.dtype == torch.float64 else torch.float32
     return margin.to(dtype).to(reward_margin.device, non_blocking=True)

@@ -12,15 +12,19 @@ LAYERS = {
     "types": 0, "errors": 0, "commit": 0, "files": 0, "packages": 0, "progress": 0, "registry": 0, "rundirs": 0,
     "schedules": 0, "__init__": 0,
     "logps": 1, "rewards": 1, "links": 1, "state": 1, "losses": 1, "margins": 1, "statistics": 1, "ranks": 1,
-    "presets": 1, "objective": 1, "optimizers": 1,
+    "presets": 1, "objective": 1,
     "layouts": 2, "attention": 2, "fused_lora": 2, "scorer": 2, "miniatures": 2, "forwards": 2, "policies": 2,
     "fingerprints": 2, "adapters": 2, "sharding": 2, "flat_sharding": 2, "weight_files": 2, "saved": 2, "shards": 2,
     "model_card": 2, "bases": 2, "reference": 2, "data": 2, "evaluation": 2, "plotting": 2, "tables": 2, "studies": 2,
-    "checkpoints": 3, "resuming": 3, "module": 3, "callbacks": 3, "inspection": 3,
+    "checkpoints": 3, "resuming": 3, "continuation": 3, "optimizers": 3, "placement": 3, "scoring": 3, "module": 3,
+    "callbacks": 3, "inspection": 3,
     "commands": 4, "parsing": 4, "cli": 4, "__main__": 4,
 }  # fmt: skip
 MATHEMATICS_MAY_IMPORT = {"torch", "math", "gamma_po"}
-LIGHTNING_ROOMS = {"checkpoints", "resuming", "module", "callbacks", "cli", "commands"}
+LIGHTNING_ROOMS = {
+    "checkpoints", "resuming", "continuation", "optimizers", "placement", "scoring", "module", "callbacks", "cli",
+    "commands",
+}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

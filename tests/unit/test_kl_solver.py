@@ -12,7 +12,9 @@ import torch
 
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.margins import solver
-from gamma_po.margins.solver import kkt_residual, kl_value, mirror_descent_margins, solve_kl_margins
+from gamma_po.margins.mirror_descent import mirror_descent_margins
+from gamma_po.margins.optimality import kkt_residual
+from gamma_po.margins.solver import kl_value, solve_kl_margins
 
 EXACT = 1e-10  # reward units
 PUBLISHED = [(4.0, 10.0), (5.0, 20.0), (3.0, 3.0), (0.375, 10.0)]  # (γ0, τ): Llama-3, Gemma-2, Qwen2.5, Mistral
@@ -137,8 +139,8 @@ def test_extreme_ratios_are_solved_within_what_rounding_leaves(ratio):
 def test_work_is_bounded_for_every_pool(ratio, gamma0, monkeypatch):
     """The regression test of converged entries being bisected: they cost 30-100 steps per inner solve."""
     evaluations = []
-    original = solver._stationarity
-    monkeypatch.setattr(solver, "_stationarity", lambda *args: evaluations.append(1) or original(*args))
+    original = solver.stationarity
+    monkeypatch.setattr(solver, "stationarity", lambda *args: evaluations.append(1) or original(*args))
     for h in pools(256).values():
         evaluations.clear()
         solve_kl_margins(torch.from_numpy(h), gamma0=gamma0, tau=gamma0 / ratio)

@@ -20,10 +20,8 @@ from gamma_po.margins.maps import (
     Quantile,
     Sigmoid,
     Softplus,
-    location_and_scale,
-    median,
-    robust_scale,
 )
+from gamma_po.margins.standardization import location_and_scale, median, robust_scale
 
 SHAPES = [Linear, ClippedLinear, Piecewise, Softplus, Sigmoid, Power, Exp, Quantile]
 OPTIONS = {shape: [field.name for field in dataclasses.fields(shape)] for shape in SHAPES}

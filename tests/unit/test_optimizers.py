@@ -13,6 +13,7 @@ from gamma_po.losses import DPO
 from gamma_po.margins import KL
 from gamma_po.module import PreferenceModule
 from gamma_po.optimizers import check_optimizer
+from gamma_po.placement import Placement
 from gamma_po.policies import Lora, ModelConfig, attach_lora
 from gamma_po.scorer import CompletionScorer
 from tests.tiny import tiny_model
@@ -77,7 +78,7 @@ def test_an_optimizer_of_bitsandbytes_is_refused_where_processes_share_the_weigh
     module._trainer = SimpleNamespace(
         strategy=SimpleNamespace(), precision="32-true", accumulate_grad_batches=1, callbacks=[]
     )
-    monkeypatch.setattr(PreferenceModule, "_is_sharded", True)
+    monkeypatch.setattr(Placement, "is_sharded", True)
     with pytest.raises(ConfigError, match=r"optimizer=bitsandbytes\S*\.AdamW8bit does not work with SimpleNamespace.*"):
         module.configure_optimizers()
     check_optimizer(AdamW(weights()), precision="32-true", shared_by="FSDPStrategy")
