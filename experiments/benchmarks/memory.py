@@ -11,7 +11,8 @@ how much memory is free, so what it estimates is what comes on top.
 A CPU's malloc leaves holes in its heap, which no count of tensors can tell. So there each training runs twice, the
 second time while PyTorch's profiler notes what its allocator hands out and takes back: `allocated` is the peak of that
 and the weights that were there before; beside it, the estimate without libraries. It is what `max_memory_allocated` is
-on a GPU. `holes` is what `inspect` takes for the most that malloc holds back.
+on a GPU. `holes` is what `inspect` takes for the most that malloc holds back. With `MALLOC_MMAP_THRESHOLD_=131072`
+before the command there are none, but a step takes longer: `last step` is its time on all cores.
 
 Beside the ratios: `stays`, what is resident after the last step besides weights, gradients and optimizer, when free
 memory has been given back to the system: libraries that were loaded meanwhile. On a CPU the estimate has a constant
@@ -29,6 +30,7 @@ import platform
 import shlex
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -210,7 +212,11 @@ def measure(connection: Connection, words: list[str], threads: int) -> None:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self.meter.reset_peak()
 
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.began = time.process_time()
+
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.seconds = time.process_time() - self.began
             self.peak = int(self.meter.peak() * MIB) - self.before
             self.tokens.append(max(rows.input_ids.numel() for rows in batch.model_inputs))
 
@@ -221,7 +227,7 @@ def measure(connection: Connection, words: list[str], threads: int) -> None:
             tensors += [*parameters, *(p.grad for p in parameters if p.grad is not None)]
             held = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
             stays = (torch.cuda.memory_allocated() if self.meter.device == "cuda" else resident()) - self.before - held
-            connection.send({"peak": self.peak, "stays": stays, "tokens": self.tokens})
+            connection.send({"peak": self.peak, "stays": stays, "tokens": self.tokens, "seconds": self.seconds})
 
     torch.set_num_threads(threads)
     cli = PreferenceCLI(words, run=False)
@@ -283,6 +289,7 @@ class Result(NamedTuple):
     peak: int
     stays: int
     tokens: list[int]
+    seconds: float  # of the last micro-batch, on all cores
     allocated: int  # the peak of what PyTorch's allocator had handed out
 
     @property
@@ -330,7 +337,7 @@ def table(results: list[Result]) -> Table:
     )
     found = Table(title="Peak memory of a step, MiB", caption=f"marked: {limits}")
     found.add_column("training")
-    columns = ("estimate", "with holes", "measured", "allocated", "ratio", "stays", "heaviest step")
+    columns = ("estimate", "with holes", "measured", "allocated", "ratio", "stays", "heaviest step", "last step")
     for name in (*parts, *columns):
         found.add_column(name, justify="right", no_wrap=True)
     for result in results:
@@ -344,6 +351,7 @@ def table(results: list[Result]) -> Table:
             marked(f"{result.ratio:.3f}", off=result.ratio_is_off),
             f"{result.stays / MIB:.0f}",
             f"{heaviest} of {len(result.tokens) // result.point.accumulate}",
+            f"{result.seconds:.1f} s",
         )
     return found
 
@@ -357,11 +365,11 @@ def write_csv(file: Path, results: list[Result]) -> None:
     """Write all numbers, in bytes."""
     with file.open("w", newline="") as opened:
         writer = csv.writer(opened)
-        last = ["estimate", "measured", "allocated", "ratio", "stays", "tokens"]
+        last = ["estimate", "measured", "allocated", "ratio", "stays", "seconds", "tokens"]
         writer.writerow(["training", *results[0].estimate, *last])
         for result in results:
             numbers = [*result.estimate.values(), result.estimated, result.peak, result.allocated]
-            last = [f"{result.ratio:.4f}", result.stays, " ".join(map(str, result.tokens))]
+            last = [f"{result.ratio:.4f}", result.stays, f"{result.seconds:.2f}", " ".join(map(str, result.tokens))]
             writer.writerow([result.point.name, *numbers, *last])
 
 
