@@ -287,7 +287,7 @@ def test_a_module_that_was_stopped_inside_a_step_logs_nothing_of_it_later(
     tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     module, data = by_hand(tiny_model_path, tiny_data, tmp_path)
-    module._of_step = [torch.full((7,), 1e6)]
+    module._step_log.micro_batches = [torch.full((7,), 1e6)]
     used = trainer(tmp_path, max_steps=1, log_every_n_steps=1, accumulate_grad_batches=3)
     used.fit(module, data)
     assert float(used.logged_metrics["train/loss"]) < 10

@@ -347,6 +347,7 @@ def little_room() -> Any:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_whole(
     finished: Finished,
     tmp_path: Path,

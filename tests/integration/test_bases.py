@@ -23,7 +23,7 @@ from gamma_po.errors import ConfigError
 from gamma_po.evaluation import pair_scores
 from gamma_po.fingerprints import Fingerprint, difference, fingerprint, sampled_fingerprint
 from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model, without_weights
-from gamma_po.saved import SavedPolicy, open_policy
+from gamma_po.saved import SavedPolicy, check_start, open_policy
 from tests.runs import Run, run
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -106,6 +106,36 @@ def test_a_base_that_was_exchanged_at_its_place_is_refused_and_one_that_was_move
     for path in (last(finished), finished.trainer_dir / "policy"):
         with pytest.raises(ConfigError, match=OTHER_BASE):
             open_policy(SavedPolicy(path=str(path)))
+
+
+def test_training_does_not_start_from_an_adapter_on_another_base_than_its_own(
+    lora_run: Run, tiny_model_path: str, other: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(lora_run.trainer_dir / "policy", tmp_path / "adapter"))
+    begin = ["--model.policy.adapter", str(adapter), "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    refused = rf"{adapter} {OTHER_BASE}; the base here is '{other}'; allowed: .*as the path beside `adapter`"
+    for options in ([], ["--model.lora.r", "2", "--model.policy.dtype", "bfloat16"]):
+        with pytest.raises(ConfigError, match=refused):
+            run("fit", other, tiny_data, tmp_path, [*begin, *options])
+        run("fit", tiny_model_path, tiny_data, tmp_path, [*begin, *options])
+    of_reference = ["--model.reference_model.path", other, "--model.reference_model.adapter", str(adapter)]
+    with pytest.raises(ConfigError, match=refused):
+        run("fit", tiny_model_path, tiny_data, tmp_path, [*begin, *of_reference])
+    (adapter / RECORD).unlink()  # as of an adapter from elsewhere
+    run("fit", other, tiny_data, tmp_path, begin)
+
+
+def test_an_adapter_with_another_one_in_start_is_known_by_the_base_below_both(
+    tiny_model_path: str, other: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options = [*LORA, "--model.policy.adapter", save_adapter(tmp_path / "sft", seed=1)]
+    policy = run("fit", tiny_model_path, tiny_data, tmp_path, options).trainer_dir / "policy"
+    check_start(ModelConfig(path=tiny_model_path, adapter=str(policy)))
+    with pytest.raises(ConfigError, match=OTHER_BASE):
+        check_start(ModelConfig(path=other, adapter=str(policy)))
+    shutil.rmtree(policy / "start")
+    with pytest.raises(ConfigError, match=OTHER_BASE):
+        check_start(ModelConfig(path=tiny_model_path, adapter=str(policy)))
 
 
 def test_checkpoints_and_adapters_that_do_not_say_their_base_go_on_any(

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,23 +24,27 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from experiments.soak.attempts import held_port
 from gamma_po.checkpoints import StraightToFile
+from gamma_po.continuation import Continuation
 from gamma_po.errors import ConfigError, DataError
-from gamma_po.module import PreferenceModule
 from gamma_po.ranks import Gathered, Local, Ranks, as_one
 from tests.integration.test_interruption import told
-from tests.integration.test_ranks import ROOT
+from tests.processes import ROOT, two_processes
 from tests.runs import arguments, steps_of
 from tests.tiny import tiny_rows, write_rows
 
 TIMEOUT = 600  # seconds for all that happens in one test, on a busy machine
+POLLED = 0.05  # seconds between two looks for a file that another process will write
 
-# Started twice by hand: torchrun would end the other process, and a hang would not show.
+# Not started by torchrun: it would end the other process, and a hang would not show.
 SCRIPT = """
 import contextlib, io, json, os, sys, time
 from pathlib import Path
+import pytest
 from tests.integration.test_errors_of_one_rank import only_here
+from tests.runs import draw_no_figures
 from gamma_po.cli import run
 
+draw_no_figures(pytest.MonkeyPatch())
 rank, found = int(os.environ["LOCAL_RANK"]), {}
 for name, command in json.loads(Path(sys.argv[1]).read_text()).items():
     sys.argv[1:] = []
@@ -132,8 +137,7 @@ def found_by_both(commands: dict[str, list[str]], folder: Path) -> list[dict[str
     (folder / "commands.json").write_text(json.dumps(commands))
     (folder / "script.py").write_text(SCRIPT)
     script = [str(folder / "script.py"), str(folder / "commands.json")]
-    said = ended(two_bare_processes(script, FOUND=str(folder)))
-    assert all((folder / f"rank{rank}.json").is_file() for rank in (0, 1)), said[0][-3000:] + said[1][-3000:]
+    two_processes(script, FOUND=str(folder))
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -177,11 +181,13 @@ def test_processes_that_find_different_checkpoints_do_not_start(
         "the same": [*seen, "--ckpt_path", str(tmp_path / "kept" / "step=3.ckpt")],
         # Here, because processes are slow to start: one of two is told to stop while both validate.
         "told": [*DDP, "--trainer.val_check_interval", "2", "--data.eval_batch_size", "1", "--run.name", "told"],
+        "told at the start": [*DDP, "--ckpt_path", str(tmp_path / "kept" / "step=3.ckpt"), "--run.name", "early"],
     }
     options["told"] += told(signal.SIGTERM, step=2, inside="validation", rank=1)
+    options["told at the start"] += told(signal.SIGTERM, step=3, inside="start", rank=1)
     commands = {n: ["fit", *arguments(tiny_model_path, tiny_data, tmp_path, o)] for n, o in options.items()}
     here, there = found_by_both(commands, tmp_path)
-    assert [here[name]["status"] for name in options] == [0, 0, 2, 2, 0, 130] and here.keys() == there.keys()
+    assert [here[name]["status"] for name in options] == [0, 0, 2, 2, 0, 130, 130] and here.keys() == there.keys()
     for name in options:
         assert there[name]["status"] == here[name]["status"] and there[name]["said"] == here[name]["said"]
     digest = r"contents \w{12}"
@@ -193,14 +199,16 @@ def test_processes_that_find_different_checkpoints_do_not_start(
     assert re.search(f"different checkpoints: {steps[0]}; {steps[1]}; allowed", line)
     (stopped,) = (tmp_path / "runs" / "told").glob("*/checkpoints/interrupted.ckpt")
     assert torch.load(stopped, weights_only=True)["global_step"] == 2
+    (early,) = (tmp_path / "runs" / "early").iterdir()
+    assert not list(early.rglob("*.ckpt"))
 
 
 def test_a_checkpoint_replaced_while_the_processes_load_it_is_noticed() -> None:
     module = SimpleNamespace(_trainer=Trainer(logger=False), ranks=Scripted(0, [b"step 8\x00"]))
     with pytest.raises(ConfigError, match="different checkpoints: process 0 step 7; process 1 step 8"):
-        PreferenceModule.on_load_checkpoint(module, {"global_step": 7})
+        Continuation().check(module, {"global_step": 7})
     with pytest.raises(ConfigError, match="format"):  # what is looked at next
-        PreferenceModule.on_load_checkpoint(module, {"global_step": 8})
+        Continuation().check(module, {"global_step": 8})
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step_with_a_checkpoint(
@@ -214,6 +222,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step_with_a_c
     folder = tmp_path / "runs" / "run"
     while not list(folder.glob("*/pairs/step-000002*.parquet")):
         assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
+        time.sleep(POLLED)
     processes[1].send_signal(signal.SIGTERM)
     said = ended(processes)
     (run,) = folder.iterdir()

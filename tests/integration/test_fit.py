@@ -30,7 +30,8 @@ def test_the_loss_falls_and_the_reward_margin_rises(
     loss: str, margin: str, mode: str, tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     options = LOSSES[loss] + MARGINS[margin] + (LORA if mode == "lora" else [])
-    folder = fit(tiny_model_path, tiny_data, tmp_path, [*options, "--trainer.max_epochs", "4"])
+    options += ["--trainer.max_epochs", "4", "--trainer.limit_val_batches", "0"]
+    folder = fit(tiny_model_path, tiny_data, tmp_path, options)
     losses, margins = steps_of(folder, "train/loss"), steps_of(folder, "train/rewards/margins")
     assert len(losses) == 32
     assert sum(losses[-10:]) < sum(losses[:10])
@@ -49,13 +50,15 @@ def test_two_runs_with_one_seed_give_identical_losses_and_another_seed_does_not(
     assert runs[0] != runs[2]
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_a_run_leaves_its_record_logs_plots_checkpoint_policy_and_report(
     tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
 ) -> None:
     folder = fit(tiny_model_path, tiny_data, tmp_path, ["--report.enabled", "true", "--report.num_prompts", "3"])
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     assert {"config.yaml", "run.json", "metrics.csv", "report.json", "checkpoints/last.ckpt"} <= names
-    assert {"plots/loss.png", "plots/reward_margin.png", "plots/gamma_histogram.png"} <= names
+    figures = {"plots/loss.png", "plots/reward_margin.png", "plots/gamma_histogram.png"}
+    assert figures <= names and all((folder / name).read_bytes().startswith(b"\x89PNG") for name in figures)
     assert {"policy/config.json", "policy/tokenizer.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     record = json.loads((folder / "run.json").read_text())

@@ -30,7 +30,6 @@ from gamma_po.inspection.sharded import copy_bytes
 from gamma_po.policies import Lora, ModelConfig, attach_lora
 from gamma_po.scorer import CompletionScorer
 from gamma_po.state import state_to_plain
-from tests.integration.test_ranks import two_processes
 from tests.integration.test_sharding import (
     BF16,
     BIG_BATCH,
@@ -46,6 +45,7 @@ from tests.integration.test_sharding import (
     assert_in_bfloat16,
     assert_step_of_big_batch,
 )
+from tests.processes import torchrun, two_processes
 from tests.runs import arguments, fit, steps_of
 from tests.same import (
     assert_adapters_only,
@@ -318,7 +318,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "probe.py").write_text(PROBE)
     given = [str(root / "large"), str(root / "small"), json.dumps(HELD)]
     # Else the C library keeps what is freed between the parts that stay, and counts as much again.
-    two_processes([str(root / "probe.py"), *given], MALLOC_MMAP_THRESHOLD_="262144")
+    torchrun([str(root / "probe.py"), *given], MALLOC_MMAP_THRESHOLD_="262144")
     return root
 
 

@@ -25,8 +25,8 @@ from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model
 from gamma_po.scorer import CompletionScorer
 from gamma_po.state import state_to_device
 from tests.contracts import batch_of, random_evidence, tiny_dataset
-from tests.integration.test_ranks import two_processes
 from tests.memory import estimated, taken
+from tests.processes import torchrun
 from tests.runs import arguments, fit, steps_of
 from tests.tiny import tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
@@ -97,7 +97,7 @@ def test_two_gpus_train_as_one(
     options += ["--trainer.gradient_clip_val", "1.0"]
     alone = fit(tiny_model_path, tiny_data, tmp_path / "alone", [*options, "--trainer.devices", "1"])
     halved = [*options, "--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy", strategy]
-    two_processes(["-m", "gamma_po", "fit", *arguments(tiny_model_path, tiny_data, tmp_path / "two", halved)])
+    torchrun(["-m", "gamma_po", "fit", *arguments(tiny_model_path, tiny_data, tmp_path / "two", halved)])
     (two,) = (tmp_path / "two" / "runs" / "run").iterdir()
     losses = steps_of(alone, "train/loss")
     tolerance = LOSS_TOLERANCE if precision == "32-true" else BF16_TOLERANCE

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 
-from gamma_po.checkpoints import StraightToFile, save_whole
+from gamma_po.checkpoints import StraightToFile, save_whole, tidy
 from gamma_po.cli import PreferenceCLI
 from gamma_po.cli import run as run_command
 from gamma_po.errors import ConfigError
+from gamma_po.files import ABANDONED
+from gamma_po.policies import export_policy
 from gamma_po.resuming import named_checkpoint
 from gamma_po.saved import FORMAT_KEY, RECORDS, find_checkpoint, furthest_checkpoint, read_checkpoint
 from tests.integration.test_resume import (
@@ -180,8 +184,11 @@ def test_last_and_best_mean_the_runs_of_the_same_name_and_are_checked_as_files_a
 class Told(Callback):
     """Sends a signal to its own process in the middle of a step or of a validation; named on the command line."""
 
-    def __init__(self, number: int, step: int, inside: Literal["step", "validation"], rank: int = 0) -> None:
+    def __init__(self, number: int, step: int, inside: Literal["step", "validation", "start"], rank: int = 0) -> None:
         self.number, self.step, self.inside, self.rank = number, step, inside, rank
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._send(trainer, "start", trainer.global_step == self.step)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._send(trainer, "step", trainer.global_step == self.step)
@@ -225,6 +232,48 @@ def test_a_signal_in_a_validation_stops_it_with_the_state_of_the_step_before(
     before, every = steps_of(stopped, "val/loss"), steps_of(whole, "val/loss")
     del every[len(before)]  # the one cut short: Lightning goes on behind it
     assert before + steps_of(resumed, "val/loss") == every
+
+
+def test_a_signal_between_the_loading_of_a_checkpoint_and_the_first_step_is_ours(
+    trained: tuple[list[str], Path],
+    tiny_model_path: str,
+    tiny_data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """At the barrier behind it, where Lightning's handlers would be in place, and no hook has been called yet."""
+    options, whole = trained
+    before = signal.getsignal(signal.SIGTERM)
+
+    def told_there(strategy: SingleDeviceStrategy, name: str | None = None) -> None:
+        if name == "run-stage":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SingleDeviceStrategy, "barrier", told_there)
+    resume = [*options, "--ckpt_path", str(checkpoint_at(whole, 3))]
+    assert run_command(["fit", *arguments(tiny_model_path, tiny_data, tmp_path, resume)]) == 130
+    (stopped,) = (tmp_path / "runs" / "run").iterdir()
+    assert "stopped before the first step" in caplog.text and not list(stopped.rglob("*.ckpt"))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_where_nothing_is_left_to_train_a_signal_stops_at_once(
+    trained: tuple[list[str], Path], tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    options, whole = trained
+    resume = [*options, "--trainer.max_epochs", "-1", "--trainer.max_steps", "16"]
+    resume += ["--ckpt_path", str(checkpoint_at(whole, 16))]
+    resume += ["--trainer.callbacks", "tests.integration.test_interruption.ToldAtTheEnd"]
+    assert run_command(["fit", *arguments(tiny_model_path, tiny_data, tmp_path, resume)]) == 130
+    assert not list(tmp_path.glob("runs/run/*/policy"))
+
+
+class ToldAtTheEnd(Callback):
+    """Sends a signal to its own process behind the training."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 SLURM = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "JOB_ID": "4711", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0"}
@@ -361,6 +410,86 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(shards: bool, tmp_path: Pa
     assert content() == {"one"}
     save_whole(Saver("three", shards=shards), path)
     assert content() == {"three"} and [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    with pytest.raises(Torn):
+        save_whole(Saver("four", shards=shards, torn=True), tmp_path / "other.ckpt")
+    assert len(list(tmp_path.iterdir())) > 1
+    tidy(tmp_path)
+    assert content() == {"three"} and [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from gamma_po.files import being_written
+
+path = Path(sys.argv[1])
+with being_written(path):
+    path.mkdir()
+    (path / "half").write_text("of it")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("policy.partial", "last.ckpt.partial")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, env=environment)
+        for path in paths
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout.read(7) == b"writing"
+        (tmp_path / "unsigned.partial").touch()
+        writers[1].kill()
+        writers[1].wait()
+        tidy(tmp_path, for_seconds=ABANDONED)
+        assert all((path / "half").is_file() for path in paths)
+        for path in tmp_path.rglob("*"):
+            os.utime(path, (time.time() - 2 * ABANDONED,) * 2)
+        tidy(tmp_path, for_seconds=ABANDONED)
+        assert [(path / "half").is_file() for path in paths] == [True, False]
+        assert len(list(tmp_path.iterdir())) == 3  # with the sign of the living one
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    export_policy(tiny_model(), tiny_tokenizer(), tmp_path / "policy")
+    assert {path.name for path in tmp_path.iterdir()} == {"policy", "unsigned.partial"}
+
+
+def left_over(path: Path, *, seconds: float) -> None:
+    """A folder as a process leaves it that is killed while it writes, so long ago."""
+    path.mkdir()
+    for file in (path / "half", path.with_name(f".{path.name}.writing")):
+        file.touch()
+    for file in (path, path / "half", path.with_name(f".{path.name}.writing")):
+        os.utime(file, (time.time() - seconds,) * 2)
+
+
+def test_a_run_removes_what_others_of_its_name_were_writing_when_they_were_killed_long_ago(
+    tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    other = tmp_path / "runs" / "run" / "20260101-000000"
+    (other / "checkpoints").mkdir(parents=True)
+    for name in RECORDS:
+        (other / name).write_text("{}")
+    left_over(other / "policy.partial", seconds=2 * ABANDONED)
+    left_over(other / "checkpoints" / "interrupted.ckpt.partial", seconds=2 * ABANDONED)
+    left_over(other / "checkpoints" / "last.ckpt.partial", seconds=ABANDONED / 2)
+    fit(tiny_model_path, tiny_data, tmp_path, ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"])
+    assert {path.name for path in other.iterdir()} == {*RECORDS, "checkpoints"}
+    kept = {path.name for path in (other / "checkpoints").iterdir()}
+    assert kept == {"last.ckpt.partial", ".last.ckpt.partial.writing"}
+
+
+def test_shards_that_were_replaced_are_removed_where_the_process_was_killed_before_it_could(tmp_path: Path) -> None:
+    (tmp_path / ".last.ckpt.partial.writing").touch()
+    for name in ("last.ckpt", "last.ckpt.previous", "other.ckpt.previous"):
+        (tmp_path / name).mkdir()
+    tidy(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "other.ckpt.previous"}
 
 
 class Refused(Saver):

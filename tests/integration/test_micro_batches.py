@@ -38,7 +38,7 @@ from gamma_po.ranks import Distributed, Local, Ranks
 from gamma_po.state import state_to_plain
 from gamma_po.types import Evidence
 from tests.contracts import on_two_ranks, random_evidence, with_gradient
-from tests.integration.test_ranks import two_processes
+from tests.processes import two_processes
 
 PAIRS = 128
 CUTS = {"1x128": 128, "4x32": 32, "16x8": 8}  # name: pairs of all processes in one micro-batch

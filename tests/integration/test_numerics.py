@@ -64,6 +64,7 @@ def test_a_nan_is_reported_with_step_and_rows_before_the_margin_is_solved(
         module.training_step(batch, 1)
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_weights_spoiled_before_the_command_starts_end_it_with_one_message(
     tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

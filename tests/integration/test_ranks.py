@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 
 from gamma_po.ranks import Local, current_ranks
 from gamma_po.state import state_to_plain
+from tests.processes import torchrun, two_processes
 from tests.runs import arguments, run, steps_of
 from tests.same import (
     LOSS_TOLERANCE,
@@ -27,8 +25,6 @@ from tests.same import (
     assert_same_validation,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 900  # seconds; a busy machine is slow to start two of everything
 OBJECTIVE = ["--model.loss.beta", "0.3", "--model.margin.tau", "0.5", "--model.margin.history", "20"]
 # Adam turns rounding differences of vanishing gradients into whole steps; SGD does not.
 OBJECTIVE += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
@@ -40,23 +36,6 @@ class EveryRanksState(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = {"margin_state": state_to_plain(pl_module.margin_state), "folder": str(trainer.log_dir)}
         torch.save(state, Path(os.environ["RANK_STATES"]) / f"rank{trainer.global_rank}.pt")
-
-
-def two_processes(script: list[str], **environment: str) -> str:
-    """Run a script or module in two gloo processes; return what they said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        _, errors = process.communicate(timeout=TIMEOUT)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors[-4000:]
-    return errors
 
 
 def flat_weights(folder: Path) -> torch.Tensor:
@@ -82,7 +61,7 @@ def both(
     halved = [*options, "--data.batch_size", "2", "--data.eval_batch_size", "1"]
     halved += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     halved += ["--trainer.callbacks", "tests.integration.test_ranks.EveryRanksState"]
-    said = two_processes(
+    said = torchrun(
         ["-m", "gamma_po", "fit", *arguments(tiny_model_path, tiny_data, root / "two", halved)],
         XDG_CACHE_HOME=str(root / "cache-two"), RANK_STATES=str(root),
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -458,8 +459,11 @@ def test_a_damaged_shard_alone_is_computed_anew_with_a_warning(
 def test_leftovers_of_an_interrupted_write_do_not_count(pairs: list[TokenizedPair], tmp_path: Path) -> None:
     cached(pairs, tmp_path)
     (file,) = shard_files(tmp_path)
-    file.rename(file.with_name(f".{file.name}.abc.partial"))
+    partial_one = file.rename(file.with_name(f".{file.name}.abc.partial"))
+    long_ago = shutil.copy(partial_one, file.with_name(f".{file.name}.def.partial"))
+    os.utime(long_ago, (time.time() - 2 * shards.ABANDONED,) * 2)
     assert cached(pairs, tmp_path).computed == 11
+    assert list(file.parent.glob(".*.partial")) == [partial_one]  # which another process may be writing
 
 
 def test_a_disk_that_fills_up_while_scoring_costs_the_cache_and_not_the_run(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_ranks import two_processes
 from tests.integration.test_sharding import ONE_FILE, SCRIPT, STRATEGY
+from tests.processes import two_processes
 from tests.runs import arguments, fit, steps_of
 from tests.same import assert_goes_on_with_the_same_bits, pairs_by_step
 from tests.tiny import tiny_rows, write_rows

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,8 @@ from gamma_po.errors import ConfigError
 from gamma_po.policies import Lora, ModelConfig, attach_lora
 from gamma_po.sharding import check_sharding, transformer_blocks
 from gamma_po.state import state_to_plain
-from tests.integration.test_ranks import OBJECTIVE, two_processes
+from tests.integration.test_ranks import OBJECTIVE
+from tests.processes import two_processes
 from tests.runs import arguments, fit, run, steps_of
 from tests.same import (
     LOSS_TOLERANCE,
@@ -40,6 +42,7 @@ from tests.same import (
 from tests.tiny import tiny_model
 
 BF16_TOLERANCE = 0.005  # nats of the mean loss; bfloat16 keeps 8 bits
+HALF_TOLERANCE = 0.001  # float16 keeps 11
 MOVE_TOLERANCE = 1e-3  # relative L2 of how far the weights went
 LR, CLIP, BF16_CLIP, CLIP_VALUE = 0.1, 0.05, 1.0, 0.002
 COMMON = [*OBJECTIVE, "--model.optimizer.momentum", "0.5", "--trainer.gradient_clip_val", str(CLIP)]
@@ -52,6 +55,7 @@ LORA += ["--checkpoint.every_n_train_steps", "1", "--model.gradient_checkpointin
 EIGHT_STEPS = [*COMMON, "--trainer.max_epochs", "1", "--trainer.gradient_clip_val", str(BF16_CLIP)]
 BF16 = [*EIGHT_STEPS, "--trainer.precision", "bf16-mixed"]
 BF16_LORA = [*BF16, "--model.lora.r", "4", "--model.policy.dtype", "bfloat16"]
+HALF = [*EIGHT_STEPS, "--trainer.precision", "16-true"]
 # A margin without pools: those of KL are the micro-batches, which accumulation makes smaller.
 BIG_BATCH = ["--model.loss.beta", "0.3", "--model.margin", "Fixed", "--model.margin.gamma", "0.5"]
 BIG_BATCH += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1.0", "--model.warmup_ratio", "0"]
@@ -69,8 +73,11 @@ MIDDLE = 12  # steps: inside the second epoch of 8
 SCRIPT = """
 import glob, json, os, sys
 from pathlib import Path
+import pytest
 from gamma_po.cli import PreferenceCLI
+from tests.runs import draw_no_figures
 
+draw_no_figures(pytest.MonkeyPatch())
 for name, command in json.loads(Path(sys.argv[1]).read_text()).items():
     sys.argv[1:] = []
     os.environ["HELD"] = str(Path(os.environ["ROOT"]) / name)
@@ -132,7 +139,7 @@ def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pyte
     root = tmp_path_factory.mktemp("sharding")
     # 11 rows, one at a time: the second process's last batch is empty.
     odd = ["--data.validation", tiny_data["test"]]
-    methods = {"full": FULL, "lora": LORA, "bf16": BF16_LORA, "big-batch": BIG_BATCH}
+    methods = {"full": FULL, "lora": LORA, "bf16": BF16_LORA, "half": HALF, "big-batch": BIG_BATCH}
     one = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "cache-one"))
@@ -158,13 +165,14 @@ def runs(tiny_model_path: str, tiny_data: dict[str, str], tmp_path_factory: pyte
             str(name == "lora").lower(),
         ]
     last = f"glob:{root}/two/full/runs/run/*/checkpoints/last.ckpt"
-    sharded["full-test"] = [*sharded["full"], "--ckpt_path", last, "--weights_only", "false"]
+    for command in ("test", "validate"):
+        sharded[f"full-{command}"] = [*sharded["full"], "--ckpt_path", last, "--weights_only", "false"]
     sharded["ddp"] = [*LORA, *odd, *HALVED, STRATEGY, "ddp"]
     # Scored anew, when the policy is no longer its own reference: from a copy that is sharded, too.
     sharded["full-resumed"] += ["--data.cache_dir", str(root / "cache-resumed")]
     commands = {}
     for name, options in sharded.items():
-        command = "test" if name == "full-test" else "fit"
+        command = name.removeprefix("full-") if name in ("full-test", "full-validate") else "fit"
         commands[name] = [command, *arguments(tiny_model_path, tiny_data, root / "two" / name, options)]
     (root / "commands.json").write_text(json.dumps(commands))
     (root / "script.py").write_text(SCRIPT)
@@ -253,6 +261,22 @@ def test_a_test_from_shards_gives_the_metrics_of_one_process(runs: Runs) -> None
     assert_same_validation(runs.one["full-test"], runs.two["full-test"], epochs=1, metrics=metrics)
 
 
+def test_a_validation_from_shards_gives_the_metrics_of_one_process_from_the_same_weights_in_one_file(
+    runs: Runs, tiny_model_path: str, tiny_data: dict[str, str], tmp_path: Path
+) -> None:
+    shards = runs.two["full"] / "checkpoints" / "last.ckpt"
+    dcp_to_torch_save(shards, tmp_path / "weights.pt")  # torch's own way to bring them together
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)["state_dict"]
+    beside = torch.load(shards / "meta.pt", weights_only=True)
+    torch.save({**beside, "state_dict": weights}, tmp_path / "one.ckpt")
+    options = [*FULL, "--data.validation", tiny_data["test"], "--data.eval_batch_size", "2"]
+    options += ["--ckpt_path", str(tmp_path / "one.ckpt")]
+    one = run("validate", tiny_model_path, tiny_data, tmp_path, options).trainer_dir
+    assert_same_validation(one, runs.two["full-validate"], epochs=1)
+    last = steps_of(runs.two["full"], "val/loss")[-1]  # of the training, at the same step
+    assert steps_of(one, "val/loss") == pytest.approx([last], abs=LOSS_TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["full", "bf16"])
 def test_export_brings_shards_together(runs: Runs, name: str, tmp_path: Path) -> None:
     assert_exports_from_shards_what_training_exported(runs.two[name], tmp_path / "out")
@@ -269,6 +293,18 @@ def test_in_bfloat16_base_and_adapters_of_two_dtypes_are_sharded_together(runs: 
     assert held["first_move"] == pytest.approx(LR * BF16_CLIP, rel=1e-4)  # clipped by the norm over all shards
 
 
+def test_float16_weights_train_as_in_one_process(runs: Runs) -> None:
+    losses, found = (steps_of(of["half"], "train/loss") for of in (runs.one, runs.two))
+    assert losses[0] - losses[-1] > 100 * HALF_TOLERANCE
+    assert found == pytest.approx(losses, abs=HALF_TOLERANCE)
+    norms = [steps_of(of["half"], "train/grad_norm") for of in (runs.one, runs.two)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+    for folder in (runs.one["half"], runs.two["half"]):
+        assert all(value.isfinite().all() and value.dtype == torch.float16 for value in exported(folder).values())
+    held = torch.load(runs.root / "half" / "rank1.pt", weights_only=True)
+    assert held["gathered_in"] == {"torch.float16"} and held["here"] == held["all"] / 2
+
+
 def test_micro_batches_on_two_processes_make_the_step_of_one_big_batch_clipped_by_value(
     runs: Runs, tiny_model_path: str
 ) -> None:
@@ -279,7 +315,7 @@ def test_samples_are_left_out_with_a_message_and_the_pairs_are_reported(runs: Ru
     one, two = (json.loads((folder["full"] / "report.json").read_text()) for folder in (runs.one, runs.two))
     assert two["pairs"]["num_pairs"] == 11 and two["samples"] is None and one["samples"] is not None
     assert two["pairs"]["accuracy_policy"]["mean"] == pytest.approx(one["pairs"]["accuracy_policy"]["mean"])
-    reports = [name for name in runs.two if name.startswith("full")]  # its first run, the resumed one and its test
+    reports = ("full", "full-resumed", "full-test")
     assert runs.said.count("no samples: generation under ModelParallelStrategy is not supported") == len(reports)
 
 

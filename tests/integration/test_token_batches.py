@@ -22,7 +22,8 @@ from gamma_po.module import PreferenceModule
 from gamma_po.policies import Lora, ModelConfig, load_model
 from gamma_po.types import ModelInput, PairLogps, PreferenceBatch
 from tests.contracts import assert_same_step, gradient_vector, perturb, tiny_dataset
-from tests.integration.test_ranks import flat_weights, two_processes
+from tests.integration.test_ranks import flat_weights
+from tests.processes import two_processes
 from tests.runs import arguments, fit, steps_of
 from tests.tiny import tiny_rows, write_rows
 

@@ -16,8 +16,8 @@ from gamma_po.fingerprints import fingerprint
 from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model, load_parts
 from gamma_po.scorer import check_layout
 from gamma_po.weight_files import empty_model, source_of
-from tests.integration.test_ranks import two_processes
 from tests.integration.test_scaling import Model
+from tests.processes import torchrun
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 SHARE = 0.75  # of the memory that loading the whole model takes; half of the weights, and a tensor at a time
@@ -122,7 +122,7 @@ def test_two_processes_read_the_same_model_in_parts_and_neither_ever_holds_all_o
     apart = save(tmp_path / "apart", tie_word_embeddings=False, num_hidden_layers=3)
     script = tmp_path / "parts.py"
     script.write_text(SCRIPT)
-    two_processes([str(script), large, tied, apart])
+    torchrun([str(script), large, tied, apart])
     peaks, sent = ([Path(f"{script}.{name}{rank}").read_text().split() for rank in (0, 1)] for name in ("peak", "sent"))
     sizes = Model(name="", layers=3, hidden=32, inner=64, heads=4, kv_heads=2, vocabulary=320)
     assert sent == [[str(sizes.gathered_per_micro_batch), str(sizes.parameters)]] * 2
