@@ -130,6 +130,7 @@ class PreferenceCLI(LightningCLI):
     """LightningCLI with the project's module, data module and run directories."""
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        self.words = sys.argv[1:] if args is None else args
         super().__init__(
             PreferenceModule,
             PreferenceDataModule,
@@ -140,6 +141,12 @@ class PreferenceCLI(LightningCLI):
             trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False, "callbacks": []},
             **kwargs,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """Return the command that comes first, else all of them: the options of one take a while to collect."""
+        every = super().subcommands()
+        first = self.words[0] if isinstance(self.words, list) and self.words else None
+        return {first: every[first]} if first in every else every
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the seed: a number, where Lightning's own option also takes true (any seed) and false (none)."""
@@ -156,10 +163,9 @@ class PreferenceCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, unless options of one loss or margin would silently pass to another."""
-        words = sys.argv[1:] if args is None else args
-        if isinstance(words, list):
-            check_config_files(words)
-            check_carried_options(words)
+        if isinstance(self.words, list):
+            check_config_files(self.words)
+            check_carried_options(self.words)
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         if command:
