@@ -49,7 +49,7 @@ PRECISIONS = {
     "bfloat16": ("bfloat16", "bf16-mixed"),
     "mixed": ("float32", "bf16-mixed"),
 }
-console = Console(width=160)
+console = Console(width=220)
 
 
 @dataclass(frozen=True, kw_only=True)
