@@ -6,7 +6,6 @@ A checkpoint is written beside its place and renamed, so that under its name the
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -93,7 +92,7 @@ def tidy(folder: Path, *, for_seconds: float = 0.0) -> None:
 
     Args:
         folder: of checkpoints, or of a run, which exports to it. It may be missing.
-        for_seconds: what is left of it stays for so long; see `files.abandoned`.
+        for_seconds: what was half written stays for so long; see `files.abandoned`.
     """
     for left in abandoned(folder, for_seconds=for_seconds):
         place = left.with_name(left.name.removesuffix(PARTIAL))
@@ -103,8 +102,7 @@ def tidy(folder: Path, *, for_seconds: float = 0.0) -> None:
             remove(left)
     for left in folder.glob(f"*.ckpt{REMOVING}"):
         with suppress(OSError):  # in a folder of others, or removed by another process meanwhile
-            if time.time() - left.lstat().st_ctime >= for_seconds:  # when it got this name
-                remove(left)
+            remove(left)
 
 
 def save_whole(trainer: Trainer, path: Path, *, weights_only: bool = False) -> None:
@@ -189,10 +187,9 @@ def straighten_progress(loops: dict[str, Any], epoch: int) -> None:
 def _put_in_place(partial: Path, path: Path) -> None:
     """Give a checkpoint that is written its name."""
     previous = path.with_name(path.name + PREVIOUS)
-    if partial.is_dir() or path.is_dir():
+    if path.exists() and (partial.is_dir() or path.is_dir()):  # else one before is all that a killed process has left
         remove(previous)
-        if path.exists():
-            path.rename(previous)
+        path.rename(previous)
     os.replace(partial, path)
     _folder_to_disk(path.parent)
     remove(previous)

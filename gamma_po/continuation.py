@@ -42,7 +42,12 @@ class Continuation:
         self._given_options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
     def write(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Complete a checkpoint, in place: what training changes, and what must match to go on from it."""
+        """Complete a checkpoint, in place: what training changes, and what must match to go on from it.
+
+        Args:
+            module: in training.
+            checkpoint: as Lightning has put it together.
+        """
         trainer = module.trainer
         checkpoint["state_dict"] = slim_state_dict(module, checkpoint["state_dict"])
         checkpoint["trained_weights"] = trained_names(module)
@@ -78,7 +83,14 @@ class Continuation:
 
     def begin(self, module: LightningModule) -> None:
         """Continue in the data where the checkpoint stood: Lightning forgets that for a loader that it built before
-        it restored its loops, and `estimated_stepping_batches` builds it early."""
+        it restored its loops, and `estimated_stepping_batches` builds it early.
+
+        Args:
+            module: with its optimizer and the checkpoint's state, if there is one.
+
+        Raises:
+            ConfigError: the run has other steps than that of the checkpoint.
+        """
         before, self._steps_before = self._steps_before, None
         if before is not None:
             check_same_run(before, self._steps, module.resume)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -90,14 +91,31 @@ def being_written(path: Path) -> Iterator[None]:
         path: of a name that has `.partial` in it, in a folder that is there.
     """
     sign = path.with_name(f".{path.name}{WRITING}")
-    with open(sign, "ab") as file:
-        with suppress(OSError):  # a file system without locks: nobody can tell, and nobody removes it
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with _held(sign):
         try:
             yield
         finally:
             if not os.path.lexists(path):
                 sign.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(sign: Path) -> Iterator[None]:
+    """Hold the lock of a file, which is made; once more where another process has removed it in the meantime."""
+    while True:
+        with open(sign, "ab") as file:
+            with suppress(OSError):  # a file system without locks: nobody can tell, and nobody removes it
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, sign):
+                yield
+                return
+
+
+def _is_at(file: IO[bytes], place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), place.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def abandoned(folder: Path, *, for_seconds: float = 0.0) -> Iterator[Path]:
@@ -115,8 +133,8 @@ def abandoned(folder: Path, *, for_seconds: float = 0.0) -> Iterator[Path]:
         with suppress(OSError), open(sign, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path = sign.with_name(sign.name.removeprefix(".").removesuffix(WRITING))
-            same = os.path.samestat(os.fstat(file.fileno()), sign.lstat())  # else another process was faster
-            if same and time.time() - _last_change(sign, path, *path.glob("**/*")) >= for_seconds:
+            here = _is_at(file, sign)  # else another process was faster
+            if here and time.time() - _last_change(sign, path, *path.glob("**/*")) >= for_seconds:
                 yield path
                 if not os.path.lexists(path):
                     sign.unlink()

@@ -128,7 +128,7 @@ class PreferenceModule(LightningModule):
     @property
     def placement(self) -> Placement:
         """What the run's strategy does with models."""
-        return Placement(self._trainer, self.device_mesh)
+        return Placement(trainer=self._trainer, mesh=self.device_mesh)
 
     @property
     def _datamodule(self) -> Any:

@@ -18,7 +18,7 @@ from gamma_po.scorer import CompletionScorer
 from gamma_po.sharding import TENSOR, check_sharding, gathered_in, shard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Placement:
     """What becomes of a model in a run.
 

@@ -285,8 +285,15 @@ def run_of(path: Path) -> Path | None:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Return the runs of a folder of runs."""
-    return [inner for inner in folder.iterdir() if all((inner / name).is_file() for name in RECORDS)]
+    """Return the runs of a folder of runs, those aside that others keep to themselves."""
+    return [inner for inner in folder.iterdir() if _is_run(inner)]
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return all((folder / name).is_file() for name in RECORDS)
+    except OSError:
+        return False
 
 
 def latest_run(folder: Path) -> Path | None:

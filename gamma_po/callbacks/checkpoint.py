@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -42,16 +43,18 @@ class RunCheckpoint(ModelCheckpoint):
         self._told_to_stop = False
         self._last_global_step_saved = trainer.global_step  # 0, or that of the checkpoint the run goes on from
         if trainer.is_global_zero:
-            self._tidy(Path(trainer.ckpt_path) if trainer.ckpt_path else None)
+            with suppress(OSError):  # what cannot be read is not tidied
+                self._tidy(Path(trainer.ckpt_path) if trainer.ckpt_path else None)
 
     def _tidy(self, start: Path | None) -> None:
         own = Path(self.dirpath)
+        tidy(own)
         run, before = run_of(own / LAST), run_of(start) if start else None
-        for folder in {own, *([start.parent] if start else []), *([before] if before else [])}:
-            tidy(folder)
-        for other in runs_in(run.parent) if run else []:  # some may be in training, also on other machines
-            for folder in (other, other / own.name):
-                tidy(folder, for_seconds=ABANDONED)
+        others = {*([start.parent] if start else []), *([before] if before else [])}
+        for other in runs_in(run.parent) if run else []:
+            others |= {other, other / own.name}
+        for folder in others - {own}:  # of runs that may be in training, also on other machines
+            tidy(folder, for_seconds=ABANDONED)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int

@@ -150,6 +150,12 @@ class StopBetweenSteps(Callback):
             log.warning("stopped after the last step; what `fit` does after training (export, report) may be missing")
             raise KeyboardInterrupt
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back after an error, too: Lightning calls no `teardown` then."""
+        vars(trainer._signal_connector).pop("register_signal_handlers", None)
+        if not isinstance(exception, KeyboardInterrupt):  # then Lightning ignores Ctrl-C until the process ends
+            self._restore()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
         self._restore()

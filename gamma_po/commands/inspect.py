@@ -60,6 +60,7 @@ from gamma_po.inspection.show import duration, facts_table, pair_table
 from gamma_po.optimizers import check_optimizer
 from gamma_po.policies import DTYPES
 from gamma_po.reference import CASTS
+from gamma_po.saved import check_start
 from gamma_po.sharding import check_sharding
 
 REFUSED = 1
@@ -157,6 +158,8 @@ def inspect_run(cli: PreferenceCLI, console: Console) -> list[Finding]:
     findings = show_data(datamodule, module.tokenizer, total, console) + plan_findings(planned)
     free, share, copy = free_memory(trainer.strategy.root_device), WHOLE, None
     if sharing_processes(trainer) > 1:
+        for config in module.model_configs:
+            check_start(config)
         module.policy, copy = without_weights(module), copy_without_weights(module)
         share = share_of(module.policy, copy, trainer)
     if share != WHOLE and parameter_bytes(module.policy.parameters()) + copy_bytes(copy) > free:

@@ -24,7 +24,7 @@ from gamma_po.evaluation import pair_scores
 from gamma_po.fingerprints import Fingerprint, difference, fingerprint, sampled_fingerprint
 from gamma_po.policies import Lora, ModelConfig, attach_lora, load_model, without_weights
 from gamma_po.saved import SavedPolicy, check_start, open_policy
-from tests.runs import Run, run
+from tests.runs import Run, arguments, run
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LORA = ["--model.lora.r", "4", "--model.optimizer.lr", "0.03", "--trainer.limit_train_batches", "2"]
@@ -123,6 +123,22 @@ def test_training_does_not_start_from_an_adapter_on_another_base_than_its_own(
         run("fit", tiny_model_path, tiny_data, tmp_path, [*begin, *of_reference])
     (adapter / RECORD).unlink()  # as of an adapter from elsewhere
     run("fit", other, tiny_data, tmp_path, begin)
+
+
+def test_inspect_refuses_it_also_where_the_model_is_too_large_to_be_loaded(
+    lora_run: Run,
+    other: str,
+    tiny_data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("gamma_po.commands.inspect.free_memory", lambda device: 1000)
+    options = ["--model.policy.adapter", str(lora_run.trainer_dir / "policy"), "--trainer.devices", "2"]
+    options += ["--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "2"]
+    options += ["--trainer.strategy.tensor_parallel_size", "1"]
+    assert main(["inspect", *arguments(other, tiny_data, tmp_path, options)]) == 1
+    assert re.search(OTHER_BASE, " ".join(capsys.readouterr().err.split()))
 
 
 def test_an_adapter_with_another_one_in_start_is_known_by_the_base_below_both(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,17 +20,19 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 
+from gamma_po.callbacks.interruption import SIGNALS, StopBetweenSteps
 from gamma_po.checkpoints import StraightToFile, save_whole, tidy
 from gamma_po.cli import PreferenceCLI
 from gamma_po.cli import run as run_command
 from gamma_po.errors import ConfigError
-from gamma_po.files import ABANDONED
+from gamma_po.files import ABANDONED, abandoned, being_written
 from gamma_po.policies import export_policy
 from gamma_po.resuming import named_checkpoint
-from gamma_po.saved import FORMAT_KEY, RECORDS, find_checkpoint, furthest_checkpoint, read_checkpoint
+from gamma_po.saved import FORMAT_KEY, RECORDS, find_checkpoint, furthest_checkpoint, read_checkpoint, runs_in
 from tests.integration.test_resume import (
     EVERY_STEP,
     LORA,
@@ -490,6 +494,83 @@ def test_shards_that_were_replaced_are_removed_where_the_process_was_killed_befo
         (tmp_path / name).mkdir()
     tidy(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "other.ckpt.previous"}
+
+
+def test_the_shards_before_stay_until_the_new_ones_have_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_whole(Saver("one", shards=True), tmp_path / "last.ckpt")
+    (tmp_path / "last.ckpt").rename(tmp_path / "last.ckpt.previous")  # as a process leaves it, killed between two names
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gamma_po.checkpoints.os.replace", killed)
+        save_whole(Saver("two", shards=True), tmp_path / "last.ckpt")
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt.previous"]
+    assert {file.read_text() for file in (tmp_path / "last.ckpt.previous").iterdir() if file.name in "ab"} == {"one"}
+
+
+def test_a_sign_that_another_process_removes_while_one_waits_for_it_is_made_again(tmp_path: Path) -> None:
+    path, sign = tmp_path / "last.ckpt.partial", tmp_path / ".last.ckpt.partial.writing"
+    with ThreadPoolExecutor(1) as pool:
+        with open(sign, "ab") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            seen = pool.submit(written, path)
+            time.sleep(0.2)
+            assert not seen.done()
+            sign.unlink()
+        assert seen.result(timeout=30) == []  # what would be removed while it writes
+
+
+def written(path: Path) -> list[Path]:
+    """What is taken for abandoned while a file is written."""
+    with being_written(path):
+        path.touch()
+        found = list(abandoned(path.parent))
+        assert path.with_name(f".{path.name}.writing").exists()
+        path.unlink()
+        return found
+
+
+def test_a_run_that_may_not_be_read_is_none_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("mine", "theirs"):
+        (tmp_path / folder).mkdir()
+        for name in RECORDS:
+            (tmp_path / folder / name).touch()
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.parent.name == "theirs":
+            raise PermissionError(path)
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert runs_in(tmp_path) == [tmp_path / "mine"]
+
+
+class Failing(Callback):
+    """Ends a training with an error."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.fail)
+
+    def fail(self, *_: object) -> None:
+        raise ArithmeticError
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_end"])
+def test_after_an_error_the_signals_are_as_before_and_a_validation_has_its_own(hook: str, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    kept = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_steps=2, callbacks=[StopBetweenSteps(), Failing(hook)], default_root_dir=tmp_path, **kept)
+    with pytest.raises(ArithmeticError):
+        trainer.fit(BoringModel())
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    trainer.validate(BoringModel(), verbose=False)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 class Refused(Saver):

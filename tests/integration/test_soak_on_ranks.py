@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from experiments.soak.attempts import Attempt, held_port
 from experiments.soak.comparison import Broken, check_whole, read_trained
 from gamma_po.callbacks.checkpoint import RunCheckpoint
 from gamma_po.checkpoints import StraightToFile
-from tests.integration.test_interruption import soak
+from gamma_po.files import ABANDONED
+from tests.integration.test_interruption import left_over, soak
 from tests.integration.test_sharding import HALVED, STRATEGY
 from tests.same import assert_identical
 
@@ -99,9 +101,15 @@ def test_the_next_start_removes_what_was_being_removed_or_written_and_touches_no
         (tmp_path / place / name / "__0_0.distcp").touch()
     for name in ("epoch=0-step=4.ckpt.removing", ".epoch=0-step=5.ckpt.partial.writing"):
         (tmp_path / place / name).touch()
+    if place == "before":  # that run may be alive on a machine whose locks do not show here: only what is old goes
+        for path in (tmp_path / place).rglob("*5.ckpt.partial*"):
+            os.utime(path, (time.time() - 2 * ABANDONED,) * 2)
+        os.utime(tmp_path / place / "epoch=0-step=5.ckpt.partial" / "__0_0.distcp", (time.time() - 2 * ABANDONED,) * 2)
+        left_over(tmp_path / place / "epoch=0-step=6.ckpt.partial", seconds=ABANDONED / 2)
+        others += ["epoch=0-step=6.ckpt.partial", ".epoch=0-step=6.ckpt.partial.writing"]
     fit(tmp_path / "own", steps=2, start=tmp_path / "before" / "last.ckpt")
     found = {file.name for file in (tmp_path / place).iterdir() if file.suffix != ".ckpt"}
-    assert found == set(others) and all((tmp_path / place / name / "__0_0.distcp").is_file() for name in others)
+    assert found == set(others) and all((tmp_path / place / name / "__0_0.distcp").is_file() for name in others[:2])
 
 
 def group(*scripts: str) -> list[int]:
