@@ -26,7 +26,7 @@ from gamma_po.margins.maps import MapShape
 from gamma_po.objective import StepState
 from gamma_po.ranks import as_one, current_ranks
 from gamma_po.registry import plain_config
-from gamma_po.saved import PREVIOUS, read_plain
+from gamma_po.runs import PREVIOUS, read_plain
 from gamma_po.sharding import disk_errors
 from gamma_po.state import state_from_plain
 

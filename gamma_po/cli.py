@@ -25,22 +25,15 @@ from gamma_po.callbacks.report import Report
 from gamma_po.callbacks.run_record import RunRecord
 from gamma_po.callbacks.same_checkpoint import SameCheckpoint
 from gamma_po.callbacks.samples import Samples
+from gamma_po.ckpt_path import check_no_slurm_files, named_checkpoint, settings_file, which_checkpoint
 from gamma_po.data.datamodule import PreferenceDataModule
 from gamma_po.errors import ConfigError, DataError, require
 from gamma_po.files import DISK_ADVICE, disk_refuses
 from gamma_po.module import PreferenceModule
 from gamma_po.parsing import SEEDS, check_carried_options, check_config_files, explain, refusal
-from gamma_po.resuming import (
-    Resume,
-    check_end_of_training,
-    check_no_slurm_files,
-    check_same_settings,
-    named_checkpoint,
-    settings_file,
-    which_checkpoint,
-)
+from gamma_po.resuming import Resume, check_end_of_training, check_same_settings
 from gamma_po.rundirs import RunDirectory
-from gamma_po.saved import check_format, read_plain
+from gamma_po.runs import check_format, read_plain
 
 CALLBACKS = {
     "guard": NonFiniteGuard,

@@ -8,18 +8,18 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from gamma_po.checkpoints import slim_state_dict, straighten_progress, trained_names
+from gamma_po.ckpt_path import check_same_checkpoint
 from gamma_po.data.loader import ShuffledBatches
 from gamma_po.fingerprints import Fingerprint
 from gamma_po.resuming import (
     check_end_of_training,
-    check_same_checkpoint,
     check_same_run,
     check_same_settings,
     check_same_weights,
     go_on_as_given,
     run_settings,
 )
-from gamma_po.saved import FORMAT, FORMAT_KEY, check_format
+from gamma_po.runs import FORMAT, FORMAT_KEY, check_format
 from gamma_po.state import state_to_plain
 
 

@@ -14,7 +14,8 @@ import yaml
 from gamma_po.losses import LOSSES
 from gamma_po.margins import MARGINS
 from gamma_po.packages import PACKAGE_PREFIX
-from gamma_po.saved import Opened, run_config
+from gamma_po.runs import run_config
+from gamma_po.saved import Opened
 
 HUGGING_FACE, LOAD = "from transformers import AutoModelForCausalLM", "AutoModelForCausalLM.from_pretrained"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

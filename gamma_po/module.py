@@ -32,12 +32,13 @@ from gamma_po.placement import Placement
 from gamma_po.policies import Lora, ModelConfig, attach_lora, load_tokenizer
 from gamma_po.ranks import Ranks, as_one, current_ranks
 from gamma_po.reference import ReferenceSource, reference_for
-from gamma_po.resuming import Resume, check_accumulation, check_validations, check_whole_steps
+from gamma_po.resuming import Resume
 from gamma_po.saved import check_start
 from gamma_po.schedules import Schedule, warmup_then
 from gamma_po.scorer import CompletionScorer, check_layout, steady_positions
 from gamma_po.state import state_to_device
 from gamma_po.types import Evidence, LossOutput, PreferenceBatch
+from gamma_po.whole_steps import check_accumulation, check_validations, check_whole_steps
 
 
 class PreferenceModule(LightningModule):

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import zipfile
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gamma_po.data.datamodule import PreferenceDataModule
-from gamma_po.data.loader import TokenBatches
 from gamma_po.errors import ConfigError
 from gamma_po.fingerprints import Fingerprint, difference
-from gamma_po.ranks import Ranks, lines_of_all
-from gamma_po.saved import RECORDS, furthest_checkpoint, read_plain
-from gamma_po.shards import BESIDE_SHARDS
 
 log = logging.getLogger(__name__)
 
@@ -29,106 +21,7 @@ METHOD = ("loss", "margin", "lora")
 TRAINING = ("optimizer", "schedule", "warmup_ratio", "seed")
 NUMBERS = ("policy", "reference")  # also reference_model: what they are computed from, and how
 PLACES = (".path", ".revision", ".trust_remote_code")  # of a model: moving it changes no number
-SINGLE_FILES = {  # strategies that write shards -> what lets them write single files
-    "ModelParallelStrategy": "trainer.strategy.init_args.save_distributed_checkpoint: false",
-    "FSDPStrategy": "trainer.strategy.init_args.state_dict_type: full",
-}
-SHORT_NAMES = {"fsdp": "FSDPStrategy"}  # Lightning's, of those
-SLURM_FILES = "hpc_ckpt_*"  # the names that Lightning gives them
 FIXED = "optimizer.class_path"  # its state in the checkpoint belongs to no other
-
-
-def settings_file(path: Path, *, strategy: str, weights_only: bool) -> Path:
-    """Return the file that holds a checkpoint's settings: the checkpoint, or a file among its shards.
-
-    Args:
-        path: a file or a folder, which exists.
-        strategy: the trainer's.
-        weights_only: nothing may be unpickled; torch unpickles parts of every sharded checkpoint.
-
-    Raises:
-        ConfigError: the folder is no sharded checkpoint, or cannot be loaded with this strategy or this safely.
-    """
-    if not path.is_dir():
-        return path
-    given = f"ckpt_path={str(path)!r}"
-    if not (path / BESIDE_SHARDS).is_file():
-        raise ConfigError(f"{given} is a folder, but no sharded checkpoint: it holds no {BESIDE_SHARDS}")
-    written_by = str(read_plain(path / BESIDE_SHARDS, needed=("run",))["run"]["strategy"])
-    single_files = next((option for name, option in SINGLE_FILES.items() if name in written_by), "any other strategy")
-    if written_by not in SHORT_NAMES.get(strategy, strategy):
-        raise ConfigError(
-            f"{given} is a sharded checkpoint; allowed with it: trainer.strategy: {written_by}. For others, "
-            f"write single files: {single_files}"
-        )
-    if weights_only:
-        raise ConfigError(
-            f"{given} is a sharded checkpoint, and loading one can run code hidden in it. If you wrote it, add "
-            f"--weights_only false. Single files have no such problem: {single_files}"
-        )
-    return path / BESIDE_SHARDS
-
-
-def named_checkpoint(keyword: str, folder: Path) -> Path | None:
-    """Return what `ckpt_path: last` or `best` means: the run that got furthest among those of one name.
-
-    Args:
-        keyword: `last`, or `best` by that run's `checkpoint.monitor` (without one, its latest numbered checkpoint).
-        folder: of the runs.
-
-    Returns:
-        None if no run there has written a checkpoint: then the training starts.
-
-    Raises:
-        ConfigError: the run has no best checkpoint.
-    """
-    runs = [] if not folder.is_dir() else [run for run in folder.iterdir() if all((run / n).is_file() for n in RECORDS)]
-    for run in sorted(runs, key=lambda run: (run.name[:15], len(run.name), run.name), reverse=True):
-        found = furthest_checkpoint(run)
-        if found is None:
-            continue
-        if keyword == "last":
-            return found.path
-        name = Path(found.callbacks.get("RunCheckpoint", {}).get("best_model_path") or "none").name
-        if not (run / "checkpoints" / name).exists():
-            raise ConfigError(f"ckpt_path='best': {run} has no best checkpoint; allowed: last, or a file")
-        return run / "checkpoints" / name  # by its name only: what is written in a checkpoint is not a path to follow
-    return None
-
-
-def which_checkpoint(path: str, settings: Path, checkpoint: dict[str, Any]) -> str:
-    """Return words that tell a checkpoint from any other, by its contents; nothing large is read for it.
-
-    Args:
-        path: of the checkpoint.
-        settings: the file that holds its settings.
-        checkpoint: the contents of that file.
-    """
-    with zipfile.ZipFile(settings) as archive:
-        sums = ",".join(f"{entry.CRC:08x}" for entry in archive.infolist())
-    digest = hashlib.sha256(sums.encode()).hexdigest()[:12]
-    return f"{path} (step {checkpoint.get('global_step')}, contents {digest})"
-
-
-def check_no_slurm_files(folder: Path) -> None:
-    """Refuse a default folder with checkpoints that Lightning, in a SLURM job, loads without being told, and unchecked.
-
-    Args:
-        folder: `trainer.default_root_dir`.
-
-    Raises:
-        ConfigError: naming one of them.
-    """
-    found = next(folder.glob(SLURM_FILES), None)
-    if found is not None:
-        raise ConfigError(
-            f"trainer.default_root_dir={str(folder)!r} holds {found.name!r}, which Lightning loads by itself in a "
-            "SLURM job; allowed: null, or a folder without such files. To go on from it, move it away and give its new "
-            "place as --ckpt_path"
-        )
-
-
-# --- settings of the module -----------------------------------------------------------------------------------------
 
 
 def check_same_settings(
@@ -287,91 +180,6 @@ def check_end_of_training(checkpoint: dict[str, Any], *, max_steps: int, max_epo
             f"trainer.max_steps={max_steps} and trainer.max_epochs={max_epochs} are both set, and the checkpoint "
             "stands between two epochs: the run would stop an epoch early; add --trainer.max_epochs -1 or "
             "--trainer.max_steps -1"
-        )
-
-
-def check_accumulation(trainer: Trainer) -> None:
-    """Refuse a GradientAccumulationScheduler: Lightning counts the steps of the whole training without it.
-
-    Raises:
-        ConfigError: saying what to use.
-    """
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
-        raise ConfigError(
-            "GradientAccumulationScheduler does not work here: the learning rate's schedule would end at another step "
-            "than the training, and a run that goes on inside an epoch would take steps of another size; allowed: "
-            "trainer.accumulate_grad_batches"
-        )
-
-
-def check_whole_steps(trainer: Trainer) -> None:
-    """Refuse to end epochs inside an optimizer step whose micro-batches have different numbers of pairs.
-
-    Args:
-        trainer: with its training data loaded.
-
-    Raises:
-        ConfigError: pairs of the cut step would weigh more or less than those of others.
-    """
-    batches = getattr(trainer.train_dataloader, "batch_sampler", None)
-    taken, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
-    cut = isinstance(batches, TokenBatches) and taken < len(batches) and taken % accumulate > 0
-    if cut and not trainer.fast_dev_run:
-        raise ConfigError(
-            f"trainer.limit_train_batches={trainer.limit_train_batches} takes {taken} micro-batches, which ends inside "
-            f"a step of {accumulate}; with data.length_window={batches.window} these have different numbers of pairs; "
-            f"allowed: a multiple of trainer.accumulate_grad_batches={accumulate}, or data.limit_train"
-        )
-
-
-def check_same_checkpoint(ranks: Ranks, found: str) -> None:
-    """Refuse different checkpoints, on all ranks with the same message.
-
-    Args:
-        ranks: the processes of the run.
-        found: by this one.
-
-    Raises:
-        ConfigError: saying what each has found.
-    """
-    everyone = lines_of_all(ranks, found)
-    if len(set(everyone)) > 1:
-        each = "; ".join(f"process {rank} {line}" for rank, line in enumerate(everyone))
-        raise ConfigError(
-            f"ckpt_path: the processes have found different checkpoints: {each}; allowed: one file that all of them "
-            "see, in a folder that the nodes share. If another run still writes there, wait until it has ended"
-        )
-
-
-def check_validations(trainer: Trainer) -> None:
-    """Refuse to validate inside an optimizer step: no checkpoint could be saved with what the validation finds.
-
-    Args:
-        trainer: with its training data loaded.
-
-    Raises:
-        ConfigError: naming the options and what is allowed.
-    """
-    accumulate, epoch, every = trainer.accumulate_grad_batches, trainer.num_training_batches, trainer.val_check_batch
-    data = trainer.datamodule
-    without = isinstance(data, PreferenceDataModule) and "validation" not in data.datasets
-    if accumulate == 1 or without or not trainer.enable_validation or trainer.fast_dev_run or every == float("inf"):
-        return
-    if every is None and trainer._val_check_time_interval is None:
-        return  # trainer.limit_train_batches is 0
-    if every is None:
-        raise ConfigError(
-            f"trainer.val_check_interval is a time, {trainer._val_check_time_interval:g} s, and would end inside an "
-            f"optimizer step of trainer.accumulate_grad_batches={accumulate} micro-batches; allowed with it: a "
-            f"multiple of {accumulate} (micro-batches), or 1.0"
-        )
-    across = trainer.check_val_every_n_epoch is None  # epochs
-    if every % epoch and (every % accumulate or (across and epoch % accumulate)):
-        cut = f", where trainer.limit_train_batches makes epochs a multiple of {accumulate}, too," if across else ""
-        raise ConfigError(
-            f"trainer.val_check_interval={trainer.val_check_interval} validates every {every} of an epoch's {epoch} "
-            f"micro-batches, which is inside an optimizer step of trainer.accumulate_grad_batches={accumulate} "
-            f"micro-batches, where no checkpoint can be saved; allowed: a multiple of {accumulate}{cut} or of {epoch}"
         )
 
 

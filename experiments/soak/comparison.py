@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from gamma_po.errors import ConfigError
-from gamma_po.saved import PREVIOUS, furthest_checkpoint, read_checkpoint, read_plain
+from gamma_po.runs import PREVIOUS, furthest_checkpoint, read_checkpoint, read_plain
 from gamma_po.shards import BESIDE_SHARDS
 
 UNREADABLE = (CheckpointException, OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError)

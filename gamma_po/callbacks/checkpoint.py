@@ -15,7 +15,7 @@ from gamma_po.checkpoints import save_whole, tidy
 from gamma_po.errors import require
 from gamma_po.files import ABANDONED
 from gamma_po.ranks import as_one, current_ranks
-from gamma_po.saved import LAST, run_of, runs_in
+from gamma_po.runs import LAST, run_of, runs_in
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gamma_po.ckpt_path import check_same_checkpoint
 from gamma_po.ranks import current_ranks
-from gamma_po.resuming import check_same_checkpoint
 
 
 class SameCheckpoint(Callback):

@@ -15,7 +15,8 @@ from gamma_po.errors import ConfigError
 from gamma_po.files import write_text
 from gamma_po.model_card import model_card
 from gamma_po.policies import ModelConfig, export_policy
-from gamma_po.saved import SavedPolicy, adapter_record, find_checkpoint, from_plain, open_policy, read_checkpoint
+from gamma_po.runs import find_checkpoint, read_checkpoint
+from gamma_po.saved import SavedPolicy, adapter_record, from_plain, open_policy
 
 NAMES = ((r"set `weights_only` beside the path \(e\.g\. --policy\.weights_only false\)", "add --weights_only false"),)
 

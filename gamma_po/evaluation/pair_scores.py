@@ -18,7 +18,8 @@ from gamma_po.data.tokenization import TokenizedPair
 from gamma_po.errors import ConfigError, DataError
 from gamma_po.evaluation.on_policy import score_completions
 from gamma_po.policies import ModelConfig, adapters_off, load_model
-from gamma_po.saved import Opened, SavedPolicy, from_plain, open_policy, run_config
+from gamma_po.runs import run_config
+from gamma_po.saved import Opened, SavedPolicy, from_plain, open_policy
 from gamma_po.scorer import CompletionScorer
 from gamma_po.types import PairLogps
 

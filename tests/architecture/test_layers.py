@@ -15,15 +15,16 @@ LAYERS = {
     "presets": 1, "objective": 1,
     "layouts": 2, "attention": 2, "fused_lora": 2, "scorer": 2, "miniatures": 2, "forwards": 2, "policies": 2,
     "fingerprints": 2, "adapters": 2, "sharding": 2, "flat_sharding": 2, "weight_files": 2, "saved": 2, "shards": 2,
-    "model_card": 2, "bases": 2, "reference": 2, "data": 2, "evaluation": 2, "plotting": 2, "tables": 2, "studies": 2,
-    "checkpoints": 3, "resuming": 3, "continuation": 3, "optimizers": 3, "placement": 3, "scoring": 3, "module": 3,
-    "callbacks": 3, "inspection": 3,
+    "runs": 2, "model_card": 2, "bases": 2, "reference": 2, "data": 2, "evaluation": 2, "plotting": 2, "tables": 2,
+    "studies": 2,
+    "checkpoints": 3, "ckpt_path": 3, "resuming": 3, "whole_steps": 3, "continuation": 3, "optimizers": 3,
+    "placement": 3, "scoring": 3, "module": 3, "callbacks": 3, "inspection": 3,
     "commands": 4, "parsing": 4, "cli": 4, "__main__": 4,
 }  # fmt: skip
 MATHEMATICS_MAY_IMPORT = {"torch", "math", "gamma_po"}
 LIGHTNING_ROOMS = {
-    "checkpoints", "resuming", "continuation", "optimizers", "placement", "scoring", "module", "callbacks", "cli",
-    "commands",
+    "checkpoints", "resuming", "whole_steps", "continuation", "optimizers", "placement", "scoring", "module",
+    "callbacks", "cli", "commands",
 }  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from gamma_po.adapters import check_adapter
 from gamma_po.errors import ConfigError
 from gamma_po.model_card import model_card
 from gamma_po.policies import Lora, ModelConfig, attach_lora, export_policy
-from gamma_po.saved import Opened, SavedPolicy, adapter_record, open_policy, read_checkpoint
+from gamma_po.runs import read_checkpoint
+from gamma_po.saved import Opened, SavedPolicy, adapter_record, open_policy
 from tests.runs import Run, run
 from tests.same import assert_identical
 from tests.tiny import tiny_model, tiny_tokenizer

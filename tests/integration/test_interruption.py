@@ -26,13 +26,13 @@ from safetensors.torch import load_file
 
 from gamma_po.callbacks.interruption import SIGNALS, StopBetweenSteps
 from gamma_po.checkpoints import StraightToFile, save_whole, tidy
+from gamma_po.ckpt_path import named_checkpoint
 from gamma_po.cli import PreferenceCLI
 from gamma_po.cli import run as run_command
 from gamma_po.errors import ConfigError
 from gamma_po.files import ABANDONED, abandoned, being_written
 from gamma_po.policies import export_policy
-from gamma_po.resuming import named_checkpoint
-from gamma_po.saved import FORMAT_KEY, RECORDS, find_checkpoint, furthest_checkpoint, read_checkpoint, runs_in
+from gamma_po.runs import FORMAT_KEY, RECORDS, find_checkpoint, furthest_checkpoint, read_checkpoint, runs_in
 from tests.integration.test_resume import (
     EVERY_STEP,
     LORA,

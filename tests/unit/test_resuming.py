@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from gamma_po.ckpt_path import check_no_slurm_files, which_checkpoint
 from gamma_po.errors import ConfigError
-from gamma_po.resuming import check_no_slurm_files, check_same_run, run_settings, which_checkpoint
+from gamma_po.resuming import check_same_run, run_settings
 
 
 class Ddp:
