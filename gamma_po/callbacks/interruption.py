@@ -63,14 +63,14 @@ class StopBetweenSteps(Callback):
 
         Lightning calls no hook on every run where it registers its handlers, so these are taken in its place.
         """
-        self._take(signal.default_int_handler)
+        self._received = self._saved = self._in_validation = False
+        self._take(self._stop_at_once)
         trainer._signal_connector.register_signal_handlers = lambda: self._wait_for_steps(trainer)
 
     def _wait_for_steps(self, trainer: Trainer) -> None:
         del trainer._signal_connector.register_signal_handlers  # of this object: the class has Lightning's own
         if trainer.fit_loop.skip:  # nothing is left to train
             return
-        self._received = self._saved = self._in_validation = False
         self._ranks = current_ranks()
         self._alone = self._ranks.world_size == 1
         self._take(self._remember)
@@ -181,6 +181,10 @@ class StopBetweenSteps(Callback):
         for number in SIGNALS:
             before = signal.signal(number, handler)
             self._previous.setdefault(number, before)
+
+    def _stop_at_once(self, number: int, frame: Any) -> None:
+        self._received = True  # Python drops what is raised in a finalizer or a weak reference's callback: asked later
+        raise KeyboardInterrupt
 
     def _remember(self, number: int, frame: Any) -> None:
         if self._received and self._alone:

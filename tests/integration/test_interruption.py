@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -549,6 +550,27 @@ def test_a_run_that_may_not_be_read_is_none_of_ours(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Path, "is_file", refused)
     assert runs_in(tmp_path) == [tmp_path / "mine"]
+
+
+class Dropping(Callback):
+    """Is told to stop where what is raised is dropped, as in a finalizer."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+
+def test_a_signal_that_is_dropped_before_training_stops_it_before_the_first_step(tmp_path: Path) -> None:
+    kept = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_steps=2, callbacks=[StopBetweenSteps(), Dropping()], default_root_dir=tmp_path, **kept)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            trainer.fit(BoringModel())
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    assert trainer.global_step == 0
 
 
 class Failing(Callback):
