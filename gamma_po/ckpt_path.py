@@ -65,7 +65,7 @@ def named_checkpoint(keyword: str, folder: Path) -> Path | None:
         ConfigError: the run has no best checkpoint.
     """
     runs = runs_in(folder) if folder.is_dir() else []
-    for run in sorted(runs, key=lambda run: (run.name[:15], len(run.name), run.name), reverse=True):
+    for run in reversed(runs):
         found = furthest_checkpoint(run)
         if found is None:
             continue

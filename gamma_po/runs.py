@@ -35,13 +35,13 @@ def run_of(path: Path) -> Path | None:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Return the runs of a folder of runs."""
-    return list(filter(is_run, folder.iterdir()))
+    """Return the runs of a folder of runs, which are named after their start, in the order of these."""
+    return sorted(filter(is_run, folder.iterdir()), key=lambda run: (run.name[:15], len(run.name), run.name))
 
 
 def latest_run(folder: Path) -> Path | None:
-    """Return the last run of a folder of runs, which are named after their start; None where it holds no run."""
-    return max(runs_in(folder), key=lambda run: (run.name[:15], len(run.name), run.name), default=None)
+    """Return the last run of a folder of runs; None where it holds no run."""
+    return next(reversed(runs_in(folder)), None)
 
 
 def run_config(run: Path) -> dict[str, Any]:

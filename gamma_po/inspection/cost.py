@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gamma_po.errors import ConfigError
 from gamma_po.inspection.live import Counted, LiveBytes
 from gamma_po.logps import CHUNK_ELEMENTS
 from gamma_po.types import ModelInput
@@ -82,8 +83,7 @@ def optimizer_bytes(factory: Callable[[list[Tensor]], Optimizer], trainable: Seq
     if not trainable:
         return 0
     probe = _probe(trainable[0])
-    optimizer = factory([probe])
-    optimizer.step()
+    optimizer = _with_state(factory, [probe])
     tensors = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor) and value.ndim]
     per_element = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / probe.numel()
     return int(per_element * sum(parameter.numel() for parameter in trainable))
@@ -98,11 +98,24 @@ def optimizer_step_bytes(factory: Callable[[list[Tensor]], Optimizer], trainable
     if not trainable:
         return 0
     probes = _in_proportion(trainable)
-    optimizer = factory(probes)
-    optimizer.step()  # makes the state
+    optimizer = _with_state(factory, probes)
     with LiveBytes() as live:
         optimizer.step()
     return int(live.mark() * sum(p.nbytes for p in trainable) / sum(p.nbytes for p in probes))
+
+
+def _with_state(factory: Callable[[list[Tensor]], Optimizer], probes: list[Tensor]) -> Optimizer:
+    """Make an optimizer and let it take a step, at which it makes its state."""
+    optimizer = factory(probes)
+    try:
+        optimizer.step()
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.optimizer={type(optimizer).__name__} takes no step from gradients alone, so its memory cannot be "
+            f"measured ({str(error).splitlines()[0]}); allowed in `inspect`: optimizers of dense gradients, without a "
+            "closure"
+        ) from error
+    return optimizer
 
 
 def _in_proportion(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

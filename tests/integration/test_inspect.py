@@ -17,6 +17,7 @@ from gamma_po import logps
 from gamma_po.__main__ import main
 from gamma_po.data.batching import TokenCosts
 from gamma_po.data.tokenization import TokenizedPair
+from gamma_po.errors import ConfigError
 from gamma_po.inspection.cost import (
     Memory,
     Share,
@@ -229,6 +230,13 @@ def test_what_an_optimizer_makes_and_drops_in_a_step_is_counted(foreach: bool, e
     # √v, and one by one √v / √(1 - β₂ᵗ) beside it; a step's own numbers besides
     assert found == pytest.approx(4 * expected, rel=0.02)
     assert optimizer_step_bytes(lambda p: torch.optim.SGD(p, lr=1.0, foreach=False), parameters) == 0
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_an_optimizer_that_takes_no_step_from_dense_gradients_alone_is_named(optimizer: type) -> None:
+    for count in (optimizer_bytes, optimizer_step_bytes):
+        with pytest.raises(ConfigError, match=rf"model.optimizer={optimizer.__name__} takes no step .*; allowed in"):
+            count(optimizer, [torch.nn.Parameter(torch.zeros(100, 3))])
 
 
 @pytest.mark.parametrize("foreach", [False, True])
